@@ -1,0 +1,56 @@
+# Recipes. `make` lists them; CI runs the same ones.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PROTO_VENV := .venv-proto
+PROTO_FILES := $(wildcard proto/magnetar/v1/*.proto)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check proto proto-check clean
+
+help: ## List the recipes
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
+
+demo: $(VENV)/.server ## Publish and read 27,004 real flights, kill the server, check that all is still there
+	$(BIN)/python tests/demo.py
+
+test: $(VENV)/.dev ## The fast test suite
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.dev proto-check ## Linters, types, contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/buf lint
+	$(BIN)/lint-imports
+
+proto: $(PROTO_VENV)/.ready ## Generate the protobuf stubs
+	$(PROTO_VENV)/bin/python -m grpc_tools.protoc -Iproto --python_out=proto --pyi_out=proto $(PROTO_FILES)
+
+proto-check: $(PROTO_VENV)/.ready ## Compare the stubs with their .proto files
+	@out=$$(mktemp -d) && $(PROTO_VENV)/bin/python -m grpc_tools.protoc -Iproto --python_out=$$out --pyi_out=$$out $(PROTO_FILES) \
+		&& for f in $$out/magnetar/v1/*; do cmp -s $$f proto/magnetar/v1/$$(basename $$f) || { echo "$$(basename $$f) is stale: run make proto"; exit 1; }; done; \
+		status=$$?; rm -rf $$out; exit $$status
+
+clean: ## Remove environments and caches
+	rm -rf $(VENV) $(PROTO_VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+		|| { echo "magnetar needs Python 3.11 or newer: apt-get install python3.11 python3.11-venv, or set PYTHON=/path/to/python"; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null \
+		|| { echo "this Python cannot make virtual environments: apt-get install python3-venv"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.server: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[server]'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[server,dev]'
+	@touch $@ $(VENV)/.server
+
+$(PROTO_VENV)/.ready: | $(VENV)/bin/python
+	$(PYTHON) -m venv $(PROTO_VENV)
+	$(PROTO_VENV)/bin/python -m pip install --quiet --disable-pip-version-check 'grpcio-tools==1.76.0'
+	@touch $@

@@ -1,0 +1,219 @@
+"""The records of the metadata store, as the program thinks of them. Pure.
+
+Frozen values: a change is a new record. `codec.py` converts them to and from their stored form, `keyspace.py` says under
+which key each stands and who may write it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import Enum
+
+NO_ENTRY = -1
+"""Last entry id, or LAC, of a ledger without entries."""
+
+VACANT = ""
+"""A place of an ensemble that no bookie fills. It never acknowledges and counts as UNKNOWN."""
+
+
+class ShardState(Enum):
+    OPEN = 1
+    SEALED = 2
+    DELETING = 3
+
+
+class LedgerState(Enum):
+    OPEN = 1
+    IN_RECOVERY = 2
+    CLOSED = 3
+
+
+class LedgerPurpose(Enum):
+    DATA = 1
+    CURSOR = 2
+
+
+class SubscriptionType(Enum):
+    UNDECIDED = 0
+    STREAM = 1
+    QUEUE = 2
+
+
+class BookieState(Enum):
+    WRITABLE = 1
+    READ_ONLY = 2
+    DRAINING = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """A broker's session: the registration key `brokers/<broker_id>` as created at revision `session`."""
+
+    broker_id: str
+    session: int
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """One ledger in a shard's chain. Messages, bytes and time are counted when the segment is closed, 0 before."""
+
+    ledger_id: int
+    first_offset: int
+    first_time_us: int = 0
+    messages: int = 0
+    bytes: int = 0
+
+    @property
+    def end_offset(self) -> int:
+        """One past its last offset. Meaningful when closed."""
+        return self.first_offset + self.messages
+
+
+@dataclass(frozen=True, slots=True)
+class ShardRecord:
+    """A shard. Written by its owner only.
+
+    segments      oldest first. While the shard has a ledger open for appending, it is the last one
+    next_ledger   linked ahead: an empty OPEN ledger that becomes the next segment, 0 = none
+    cursor_ledger / next_cursor   0 = none
+    inline_cursors   what a clean close left of the cursor ledger: one encoded CursorEntry
+    """
+
+    shard_id: int
+    topic: str
+    state: ShardState
+    epoch: int
+    owner: Owner | None
+    first_slot: int
+    last_slot: int
+    parents: tuple[int, ...] = ()
+    start_offset: int = 0
+    segments: tuple[Segment, ...] = ()
+    first_page: int = 0
+    pages: int = 0
+    next_ledger: int = 0
+    cursor_ledger: int = 0
+    next_cursor: int = 0
+    inline_cursors: bytes = b""
+    created_us: int = 0
+    floor_time_us: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Fragment:
+    """From `first_entry` on the ledger's entries stand on these bookies; the next fragment ends it."""
+
+    first_entry: int
+    bookies: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LedgerRecord:
+    """A ledger. last_entry and length (payload bytes of all entries) are meaningful when CLOSED."""
+
+    ledger_id: int
+    shard_id: int
+    purpose: LedgerPurpose
+    state: LedgerState
+    epoch: int
+    token: bytes
+    write_quorum: int
+    ack_quorum: int
+    fragments: tuple[Fragment, ...]
+    last_entry: int = NO_ENTRY
+    length: int = 0
+    created_us: int = 0
+
+    @property
+    def ensemble_size(self) -> int:
+        return len(self.fragments[-1].bookies)
+
+    def bookies(self) -> frozenset[str]:
+        """Every bookie that any fragment names."""
+        return frozenset(b for fragment in self.fragments for b in fragment.bookies if b != VACANT)
+
+    def with_state(self, state: LedgerState, epoch: int | None = None) -> LedgerRecord:
+        return replace(self, state=state, epoch=self.epoch if epoch is None else epoch)
+
+
+@dataclass(frozen=True, slots=True)
+class LayoutShard:
+    shard_id: int
+    first_slot: int
+    last_slot: int
+    state: ShardState
+    parents: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TopicRecord:
+    topic: str
+    layout_epoch: int
+    shards: tuple[LayoutShard, ...]
+    created_us: int = 0
+    deleting: bool = False
+
+
+class Anchor(Enum):
+    EARLIEST = "earliest"
+    LATEST = "latest"
+
+
+@dataclass(frozen=True, slots=True)
+class AtOffset:
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class AtTime:
+    time_us: int
+
+
+StartPosition = Anchor | AtOffset | AtTime
+
+
+@dataclass(frozen=True, slots=True)
+class SubscriptionRecord:
+    topic: str
+    name: str
+    subscription_id: int
+    type: SubscriptionType
+    start: StartPosition = Anchor.LATEST
+    created_us: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ProducerRecord:
+    """Of a named producer: its id and the epoch of its newest connection."""
+
+    producer_id: bytes
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class BookieRegistration:
+    bookie_id: str
+    address: str
+    rack: str = ""
+    state: BookieState = BookieState.WRITABLE
+    disk_free_bytes: int = 0
+    disk_total_bytes: int = 0
+    ledger_floor: int = 0
+    version: str = ""
+    http_address: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class BrokerRegistration:
+    broker_id: str
+    address: str
+    version: str = ""
+    http_address: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Cookie:
+    bookie_id: str
+    instance_id: str
+    cluster: str
+    directory_id: str

@@ -1,0 +1,118 @@
+"""What a server process tells about itself: structured logs on stderr, and /metrics, /livez, /readyz over HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import sys
+import threading
+import time
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import structlog
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+
+from magnetar.node.rpc import ListenError
+
+HEARTBEAT_S = 1.0
+STUCK_AFTER_S = 15.0
+"""A process whose event loop did not run for so long says that it does not live."""
+REQUEST_TIMEOUT_S = 10.0
+
+
+def configure_logging(level: str = "info") -> None:
+    """Logs go to stderr: readable on a terminal, one JSON object a line otherwise."""
+    on_terminal = sys.stderr.isatty()
+    renderer = structlog.dev.ConsoleRenderer() if on_terminal else structlog.processors.JSONRenderer()
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            *([] if on_terminal else [structlog.processors.dict_tracebacks]),
+            renderer,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=True,
+    )
+
+
+class HttpServer:
+    """Serves /metrics, /livez and /readyz from a thread of its own, so that a busy event loop still answers.
+
+    `problems` names what keeps the process from being ready; an empty list is ready.
+    """
+
+    def __init__(self, registry: CollectorRegistry, problems: Callable[[], list[str]]) -> None:
+        self._registry = registry
+        self._problems = problems
+        self._beat = time.monotonic()
+        self._server: ThreadingHTTPServer | None = None
+        self._heart: asyncio.Task[None] | None = None
+
+    def start(self, listen: str) -> int:
+        """Listens on `host:port` and returns the port it got. Raises ListenError. Call on the event loop."""
+        host, _, port = listen.rpartition(":")
+        try:
+            self._server = _Server((host.strip("[]"), int(port)), self)
+        except OSError as error:
+            raise ListenError(f"cannot listen on {listen} for HTTP: {error.strerror}; choose another address") from None
+        threading.Thread(target=self._server.serve_forever, name="http", daemon=True).start()
+        self._heart = asyncio.create_task(self._keep_beating(), name="heartbeat")
+        return int(self._server.server_address[1])
+
+    async def stop(self) -> None:
+        if self._heart is not None:
+            self._heart.cancel()
+        if self._server is not None:
+            await asyncio.to_thread(self._server.shutdown)
+            self._server.server_close()
+
+    def answer(self, path: str) -> tuple[int, str, bytes]:
+        """Status, content type and body."""
+        if path == "/metrics":
+            return 200, CONTENT_TYPE_LATEST, generate_latest(self._registry)
+        if path == "/livez":
+            silent_s = time.monotonic() - self._beat
+            return _verdict([f"event loop stuck for {silent_s:.0f} s"] if silent_s > STUCK_AFTER_S else [])
+        if path == "/readyz":
+            return _verdict(self._problems())
+        return 404, "text/plain", b"only /metrics, /livez and /readyz are here\n"
+
+    async def _keep_beating(self) -> None:
+        while True:
+            self._beat = time.monotonic()
+            await asyncio.sleep(HEARTBEAT_S)
+
+
+def _verdict(problems: list[str]) -> tuple[int, str, bytes]:
+    body = json.dumps({"ok": not problems, "problems": problems}).encode() + b"\n"
+    return (503 if problems else 200), "application/json", body
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    allow_reuse_address = True
+
+    def __init__(self, address: tuple[str, int], owner: HttpServer) -> None:
+        super().__init__(address, _Handler)
+        self.owner = owner
+
+
+class _Handler(BaseHTTPRequestHandler):
+    timeout = REQUEST_TIMEOUT_S
+    server: _Server
+
+    def do_GET(self) -> None:
+        status, content_type, body = self.server.owner.answer(self.path.partition("?")[0])
+        self.send_response(status)
+        self.send_header("Content-Type", content_type)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Nothing: scrapes are not news."""

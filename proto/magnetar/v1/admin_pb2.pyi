@@ -1,0 +1,326 @@
+from magnetar.v1 import metadata_pb2 as _metadata_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class CreateTopicRequest(_message.Message):
+    __slots__ = ("topic", "shards", "dry_run")
+    TOPIC_FIELD_NUMBER: _ClassVar[int]
+    SHARDS_FIELD_NUMBER: _ClassVar[int]
+    DRY_RUN_FIELD_NUMBER: _ClassVar[int]
+    topic: str
+    shards: int
+    dry_run: bool
+    def __init__(self, topic: _Optional[str] = ..., shards: _Optional[int] = ..., dry_run: bool = ...) -> None: ...
+
+class CreateTopicResponse(_message.Message):
+    __slots__ = ("topic",)
+    TOPIC_FIELD_NUMBER: _ClassVar[int]
+    topic: TopicDescription
+    def __init__(self, topic: _Optional[_Union[TopicDescription, _Mapping]] = ...) -> None: ...
+
+class ListTopicsRequest(_message.Message):
+    __slots__ = ("prefix", "after", "limit")
+    PREFIX_FIELD_NUMBER: _ClassVar[int]
+    AFTER_FIELD_NUMBER: _ClassVar[int]
+    LIMIT_FIELD_NUMBER: _ClassVar[int]
+    prefix: str
+    after: str
+    limit: int
+    def __init__(self, prefix: _Optional[str] = ..., after: _Optional[str] = ..., limit: _Optional[int] = ...) -> None: ...
+
+class ListTopicsResponse(_message.Message):
+    __slots__ = ("topics", "more")
+    TOPICS_FIELD_NUMBER: _ClassVar[int]
+    MORE_FIELD_NUMBER: _ClassVar[int]
+    topics: _containers.RepeatedScalarFieldContainer[str]
+    more: bool
+    def __init__(self, topics: _Optional[_Iterable[str]] = ..., more: bool = ...) -> None: ...
+
+class DescribeTopicRequest(_message.Message):
+    __slots__ = ("topic",)
+    TOPIC_FIELD_NUMBER: _ClassVar[int]
+    topic: str
+    def __init__(self, topic: _Optional[str] = ...) -> None: ...
+
+class DescribeTopicResponse(_message.Message):
+    __slots__ = ("topic",)
+    TOPIC_FIELD_NUMBER: _ClassVar[int]
+    topic: TopicDescription
+    def __init__(self, topic: _Optional[_Union[TopicDescription, _Mapping]] = ...) -> None: ...
+
+class TopicDescription(_message.Message):
+    __slots__ = ("topic", "epoch", "shards", "subscriptions")
+    TOPIC_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    SHARDS_FIELD_NUMBER: _ClassVar[int]
+    SUBSCRIPTIONS_FIELD_NUMBER: _ClassVar[int]
+    topic: str
+    epoch: int
+    shards: _containers.RepeatedCompositeFieldContainer[ShardDescription]
+    subscriptions: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, topic: _Optional[str] = ..., epoch: _Optional[int] = ..., shards: _Optional[_Iterable[_Union[ShardDescription, _Mapping]]] = ..., subscriptions: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class ShardDescription(_message.Message):
+    __slots__ = ("shard_id", "first_slot", "last_slot", "state", "parents", "owner", "start_offset", "end_offset", "segments")
+    SHARD_ID_FIELD_NUMBER: _ClassVar[int]
+    FIRST_SLOT_FIELD_NUMBER: _ClassVar[int]
+    LAST_SLOT_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    PARENTS_FIELD_NUMBER: _ClassVar[int]
+    OWNER_FIELD_NUMBER: _ClassVar[int]
+    START_OFFSET_FIELD_NUMBER: _ClassVar[int]
+    END_OFFSET_FIELD_NUMBER: _ClassVar[int]
+    SEGMENTS_FIELD_NUMBER: _ClassVar[int]
+    shard_id: int
+    first_slot: int
+    last_slot: int
+    state: _metadata_pb2.ShardState
+    parents: _containers.RepeatedScalarFieldContainer[int]
+    owner: str
+    start_offset: int
+    end_offset: int
+    segments: _containers.RepeatedCompositeFieldContainer[SegmentDescription]
+    def __init__(self, shard_id: _Optional[int] = ..., first_slot: _Optional[int] = ..., last_slot: _Optional[int] = ..., state: _Optional[_Union[_metadata_pb2.ShardState, str]] = ..., parents: _Optional[_Iterable[int]] = ..., owner: _Optional[str] = ..., start_offset: _Optional[int] = ..., end_offset: _Optional[int] = ..., segments: _Optional[_Iterable[_Union[SegmentDescription, _Mapping]]] = ...) -> None: ...
+
+class SegmentDescription(_message.Message):
+    __slots__ = ("ledger_id", "first_offset", "messages", "bytes", "state", "ensemble")
+    LEDGER_ID_FIELD_NUMBER: _ClassVar[int]
+    FIRST_OFFSET_FIELD_NUMBER: _ClassVar[int]
+    MESSAGES_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    ENSEMBLE_FIELD_NUMBER: _ClassVar[int]
+    ledger_id: int
+    first_offset: int
+    messages: int
+    bytes: int
+    state: _metadata_pb2.LedgerState
+    ensemble: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, ledger_id: _Optional[int] = ..., first_offset: _Optional[int] = ..., messages: _Optional[int] = ..., bytes: _Optional[int] = ..., state: _Optional[_Union[_metadata_pb2.LedgerState, str]] = ..., ensemble: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class DeleteTopicRequest(_message.Message):
+    __slots__ = ("topic", "dry_run")
+    TOPIC_FIELD_NUMBER: _ClassVar[int]
+    DRY_RUN_FIELD_NUMBER: _ClassVar[int]
+    topic: str
+    dry_run: bool
+    def __init__(self, topic: _Optional[str] = ..., dry_run: bool = ...) -> None: ...
+
+class DeleteTopicResponse(_message.Message):
+    __slots__ = ("shards", "messages", "bytes")
+    SHARDS_FIELD_NUMBER: _ClassVar[int]
+    MESSAGES_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    shards: int
+    messages: int
+    bytes: int
+    def __init__(self, shards: _Optional[int] = ..., messages: _Optional[int] = ..., bytes: _Optional[int] = ...) -> None: ...
+
+class CreateSubscriptionRequest(_message.Message):
+    __slots__ = ("topic", "subscription", "type", "start")
+    TOPIC_FIELD_NUMBER: _ClassVar[int]
+    SUBSCRIPTION_FIELD_NUMBER: _ClassVar[int]
+    TYPE_FIELD_NUMBER: _ClassVar[int]
+    START_FIELD_NUMBER: _ClassVar[int]
+    topic: str
+    subscription: str
+    type: _metadata_pb2.SubscriptionType
+    start: _metadata_pb2.StartPosition
+    def __init__(self, topic: _Optional[str] = ..., subscription: _Optional[str] = ..., type: _Optional[_Union[_metadata_pb2.SubscriptionType, str]] = ..., start: _Optional[_Union[_metadata_pb2.StartPosition, _Mapping]] = ...) -> None: ...
+
+class CreateSubscriptionResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ListSubscriptionsRequest(_message.Message):
+    __slots__ = ("topic",)
+    TOPIC_FIELD_NUMBER: _ClassVar[int]
+    topic: str
+    def __init__(self, topic: _Optional[str] = ...) -> None: ...
+
+class ListSubscriptionsResponse(_message.Message):
+    __slots__ = ("subscriptions",)
+    SUBSCRIPTIONS_FIELD_NUMBER: _ClassVar[int]
+    subscriptions: _containers.RepeatedCompositeFieldContainer[SubscriptionSummary]
+    def __init__(self, subscriptions: _Optional[_Iterable[_Union[SubscriptionSummary, _Mapping]]] = ...) -> None: ...
+
+class SubscriptionSummary(_message.Message):
+    __slots__ = ("subscription", "type", "backlog_messages", "consumers")
+    SUBSCRIPTION_FIELD_NUMBER: _ClassVar[int]
+    TYPE_FIELD_NUMBER: _ClassVar[int]
+    BACKLOG_MESSAGES_FIELD_NUMBER: _ClassVar[int]
+    CONSUMERS_FIELD_NUMBER: _ClassVar[int]
+    subscription: str
+    type: _metadata_pb2.SubscriptionType
+    backlog_messages: int
+    consumers: int
+    def __init__(self, subscription: _Optional[str] = ..., type: _Optional[_Union[_metadata_pb2.SubscriptionType, str]] = ..., backlog_messages: _Optional[int] = ..., consumers: _Optional[int] = ...) -> None: ...
+
+class DescribeSubscriptionRequest(_message.Message):
+    __slots__ = ("topic", "subscription")
+    TOPIC_FIELD_NUMBER: _ClassVar[int]
+    SUBSCRIPTION_FIELD_NUMBER: _ClassVar[int]
+    topic: str
+    subscription: str
+    def __init__(self, topic: _Optional[str] = ..., subscription: _Optional[str] = ...) -> None: ...
+
+class DescribeSubscriptionResponse(_message.Message):
+    __slots__ = ("subscription",)
+    SUBSCRIPTION_FIELD_NUMBER: _ClassVar[int]
+    subscription: SubscriptionDescription
+    def __init__(self, subscription: _Optional[_Union[SubscriptionDescription, _Mapping]] = ...) -> None: ...
+
+class SubscriptionDescription(_message.Message):
+    __slots__ = ("subscription", "type", "backlog_messages", "backlog_bytes", "oldest_age_s", "shards", "consumers", "waiting_for")
+    SUBSCRIPTION_FIELD_NUMBER: _ClassVar[int]
+    TYPE_FIELD_NUMBER: _ClassVar[int]
+    BACKLOG_MESSAGES_FIELD_NUMBER: _ClassVar[int]
+    BACKLOG_BYTES_FIELD_NUMBER: _ClassVar[int]
+    OLDEST_AGE_S_FIELD_NUMBER: _ClassVar[int]
+    SHARDS_FIELD_NUMBER: _ClassVar[int]
+    CONSUMERS_FIELD_NUMBER: _ClassVar[int]
+    WAITING_FOR_FIELD_NUMBER: _ClassVar[int]
+    subscription: str
+    type: _metadata_pb2.SubscriptionType
+    backlog_messages: int
+    backlog_bytes: int
+    oldest_age_s: float
+    shards: _containers.RepeatedCompositeFieldContainer[CursorDescription]
+    consumers: _containers.RepeatedCompositeFieldContainer[ConsumerDescription]
+    waiting_for: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, subscription: _Optional[str] = ..., type: _Optional[_Union[_metadata_pb2.SubscriptionType, str]] = ..., backlog_messages: _Optional[int] = ..., backlog_bytes: _Optional[int] = ..., oldest_age_s: _Optional[float] = ..., shards: _Optional[_Iterable[_Union[CursorDescription, _Mapping]]] = ..., consumers: _Optional[_Iterable[_Union[ConsumerDescription, _Mapping]]] = ..., waiting_for: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class CursorDescription(_message.Message):
+    __slots__ = ("shard_id", "floor", "acked_above_floor", "end_offset", "backlog_messages", "backlog_bytes", "unacked_messages")
+    SHARD_ID_FIELD_NUMBER: _ClassVar[int]
+    FLOOR_FIELD_NUMBER: _ClassVar[int]
+    ACKED_ABOVE_FLOOR_FIELD_NUMBER: _ClassVar[int]
+    END_OFFSET_FIELD_NUMBER: _ClassVar[int]
+    BACKLOG_MESSAGES_FIELD_NUMBER: _ClassVar[int]
+    BACKLOG_BYTES_FIELD_NUMBER: _ClassVar[int]
+    UNACKED_MESSAGES_FIELD_NUMBER: _ClassVar[int]
+    shard_id: int
+    floor: int
+    acked_above_floor: int
+    end_offset: int
+    backlog_messages: int
+    backlog_bytes: int
+    unacked_messages: int
+    def __init__(self, shard_id: _Optional[int] = ..., floor: _Optional[int] = ..., acked_above_floor: _Optional[int] = ..., end_offset: _Optional[int] = ..., backlog_messages: _Optional[int] = ..., backlog_bytes: _Optional[int] = ..., unacked_messages: _Optional[int] = ...) -> None: ...
+
+class ConsumerDescription(_message.Message):
+    __slots__ = ("consumer", "shard_id", "active", "unacked_messages", "credit_messages", "credit_bytes", "client")
+    CONSUMER_FIELD_NUMBER: _ClassVar[int]
+    SHARD_ID_FIELD_NUMBER: _ClassVar[int]
+    ACTIVE_FIELD_NUMBER: _ClassVar[int]
+    UNACKED_MESSAGES_FIELD_NUMBER: _ClassVar[int]
+    CREDIT_MESSAGES_FIELD_NUMBER: _ClassVar[int]
+    CREDIT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    CLIENT_FIELD_NUMBER: _ClassVar[int]
+    consumer: str
+    shard_id: int
+    active: bool
+    unacked_messages: int
+    credit_messages: int
+    credit_bytes: int
+    client: str
+    def __init__(self, consumer: _Optional[str] = ..., shard_id: _Optional[int] = ..., active: bool = ..., unacked_messages: _Optional[int] = ..., credit_messages: _Optional[int] = ..., credit_bytes: _Optional[int] = ..., client: _Optional[str] = ...) -> None: ...
+
+class SeekSubscriptionRequest(_message.Message):
+    __slots__ = ("topic", "subscription", "position", "shard_id", "dry_run")
+    TOPIC_FIELD_NUMBER: _ClassVar[int]
+    SUBSCRIPTION_FIELD_NUMBER: _ClassVar[int]
+    POSITION_FIELD_NUMBER: _ClassVar[int]
+    SHARD_ID_FIELD_NUMBER: _ClassVar[int]
+    DRY_RUN_FIELD_NUMBER: _ClassVar[int]
+    topic: str
+    subscription: str
+    position: _metadata_pb2.StartPosition
+    shard_id: int
+    dry_run: bool
+    def __init__(self, topic: _Optional[str] = ..., subscription: _Optional[str] = ..., position: _Optional[_Union[_metadata_pb2.StartPosition, _Mapping]] = ..., shard_id: _Optional[int] = ..., dry_run: bool = ...) -> None: ...
+
+class SeekSubscriptionResponse(_message.Message):
+    __slots__ = ("shards",)
+    SHARDS_FIELD_NUMBER: _ClassVar[int]
+    shards: _containers.RepeatedCompositeFieldContainer[CursorDescription]
+    def __init__(self, shards: _Optional[_Iterable[_Union[CursorDescription, _Mapping]]] = ...) -> None: ...
+
+class DeleteSubscriptionRequest(_message.Message):
+    __slots__ = ("topic", "subscription", "dry_run")
+    TOPIC_FIELD_NUMBER: _ClassVar[int]
+    SUBSCRIPTION_FIELD_NUMBER: _ClassVar[int]
+    DRY_RUN_FIELD_NUMBER: _ClassVar[int]
+    topic: str
+    subscription: str
+    dry_run: bool
+    def __init__(self, topic: _Optional[str] = ..., subscription: _Optional[str] = ..., dry_run: bool = ...) -> None: ...
+
+class DeleteSubscriptionResponse(_message.Message):
+    __slots__ = ("backlog_messages",)
+    BACKLOG_MESSAGES_FIELD_NUMBER: _ClassVar[int]
+    backlog_messages: int
+    def __init__(self, backlog_messages: _Optional[int] = ...) -> None: ...
+
+class AdminServiceListLedgersRequest(_message.Message):
+    __slots__ = ("topic", "after", "limit")
+    TOPIC_FIELD_NUMBER: _ClassVar[int]
+    AFTER_FIELD_NUMBER: _ClassVar[int]
+    LIMIT_FIELD_NUMBER: _ClassVar[int]
+    topic: str
+    after: int
+    limit: int
+    def __init__(self, topic: _Optional[str] = ..., after: _Optional[int] = ..., limit: _Optional[int] = ...) -> None: ...
+
+class AdminServiceListLedgersResponse(_message.Message):
+    __slots__ = ("ledgers", "more")
+    LEDGERS_FIELD_NUMBER: _ClassVar[int]
+    MORE_FIELD_NUMBER: _ClassVar[int]
+    ledgers: _containers.RepeatedCompositeFieldContainer[LedgerDescription]
+    more: bool
+    def __init__(self, ledgers: _Optional[_Iterable[_Union[LedgerDescription, _Mapping]]] = ..., more: bool = ...) -> None: ...
+
+class LedgerDescription(_message.Message):
+    __slots__ = ("record", "topic")
+    RECORD_FIELD_NUMBER: _ClassVar[int]
+    TOPIC_FIELD_NUMBER: _ClassVar[int]
+    record: _metadata_pb2.LedgerRecord
+    topic: str
+    def __init__(self, record: _Optional[_Union[_metadata_pb2.LedgerRecord, _Mapping]] = ..., topic: _Optional[str] = ...) -> None: ...
+
+class DescribeLedgerRequest(_message.Message):
+    __slots__ = ("ledger_id",)
+    LEDGER_ID_FIELD_NUMBER: _ClassVar[int]
+    ledger_id: int
+    def __init__(self, ledger_id: _Optional[int] = ...) -> None: ...
+
+class DescribeLedgerResponse(_message.Message):
+    __slots__ = ("ledger",)
+    LEDGER_FIELD_NUMBER: _ClassVar[int]
+    ledger: LedgerDescription
+    def __init__(self, ledger: _Optional[_Union[LedgerDescription, _Mapping]] = ...) -> None: ...
+
+class ClusterHealthRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ClusterHealthResponse(_message.Message):
+    __slots__ = ("healthy", "brokers", "bookies", "under_replicated_ledgers", "unavailable_shards", "problems")
+    HEALTHY_FIELD_NUMBER: _ClassVar[int]
+    BROKERS_FIELD_NUMBER: _ClassVar[int]
+    BOOKIES_FIELD_NUMBER: _ClassVar[int]
+    UNDER_REPLICATED_LEDGERS_FIELD_NUMBER: _ClassVar[int]
+    UNAVAILABLE_SHARDS_FIELD_NUMBER: _ClassVar[int]
+    PROBLEMS_FIELD_NUMBER: _ClassVar[int]
+    healthy: bool
+    brokers: int
+    bookies: int
+    under_replicated_ledgers: int
+    unavailable_shards: int
+    problems: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, healthy: bool = ..., brokers: _Optional[int] = ..., bookies: _Optional[int] = ..., under_replicated_ledgers: _Optional[int] = ..., unavailable_shards: _Optional[int] = ..., problems: _Optional[_Iterable[str]] = ...) -> None: ...

@@ -1,0 +1,271 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class ShardState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    SHARD_STATE_UNSPECIFIED: _ClassVar[ShardState]
+    SHARD_STATE_OPEN: _ClassVar[ShardState]
+    SHARD_STATE_SEALED: _ClassVar[ShardState]
+    SHARD_STATE_DELETING: _ClassVar[ShardState]
+
+class LedgerState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    LEDGER_STATE_UNSPECIFIED: _ClassVar[LedgerState]
+    LEDGER_STATE_OPEN: _ClassVar[LedgerState]
+    LEDGER_STATE_IN_RECOVERY: _ClassVar[LedgerState]
+    LEDGER_STATE_CLOSED: _ClassVar[LedgerState]
+
+class LedgerPurpose(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    LEDGER_PURPOSE_UNSPECIFIED: _ClassVar[LedgerPurpose]
+    LEDGER_PURPOSE_DATA: _ClassVar[LedgerPurpose]
+    LEDGER_PURPOSE_CURSOR: _ClassVar[LedgerPurpose]
+
+class SubscriptionType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    SUBSCRIPTION_TYPE_UNSPECIFIED: _ClassVar[SubscriptionType]
+    SUBSCRIPTION_TYPE_STREAM: _ClassVar[SubscriptionType]
+    SUBSCRIPTION_TYPE_QUEUE: _ClassVar[SubscriptionType]
+
+class BookieState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    BOOKIE_STATE_UNSPECIFIED: _ClassVar[BookieState]
+    BOOKIE_STATE_WRITABLE: _ClassVar[BookieState]
+    BOOKIE_STATE_READ_ONLY: _ClassVar[BookieState]
+    BOOKIE_STATE_DRAINING: _ClassVar[BookieState]
+SHARD_STATE_UNSPECIFIED: ShardState
+SHARD_STATE_OPEN: ShardState
+SHARD_STATE_SEALED: ShardState
+SHARD_STATE_DELETING: ShardState
+LEDGER_STATE_UNSPECIFIED: LedgerState
+LEDGER_STATE_OPEN: LedgerState
+LEDGER_STATE_IN_RECOVERY: LedgerState
+LEDGER_STATE_CLOSED: LedgerState
+LEDGER_PURPOSE_UNSPECIFIED: LedgerPurpose
+LEDGER_PURPOSE_DATA: LedgerPurpose
+LEDGER_PURPOSE_CURSOR: LedgerPurpose
+SUBSCRIPTION_TYPE_UNSPECIFIED: SubscriptionType
+SUBSCRIPTION_TYPE_STREAM: SubscriptionType
+SUBSCRIPTION_TYPE_QUEUE: SubscriptionType
+BOOKIE_STATE_UNSPECIFIED: BookieState
+BOOKIE_STATE_WRITABLE: BookieState
+BOOKIE_STATE_READ_ONLY: BookieState
+BOOKIE_STATE_DRAINING: BookieState
+
+class Owner(_message.Message):
+    __slots__ = ("broker_id", "session")
+    BROKER_ID_FIELD_NUMBER: _ClassVar[int]
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    broker_id: str
+    session: int
+    def __init__(self, broker_id: _Optional[str] = ..., session: _Optional[int] = ...) -> None: ...
+
+class Segment(_message.Message):
+    __slots__ = ("ledger_id", "first_offset", "first_time_us", "messages", "bytes")
+    LEDGER_ID_FIELD_NUMBER: _ClassVar[int]
+    FIRST_OFFSET_FIELD_NUMBER: _ClassVar[int]
+    FIRST_TIME_US_FIELD_NUMBER: _ClassVar[int]
+    MESSAGES_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    ledger_id: int
+    first_offset: int
+    first_time_us: int
+    messages: int
+    bytes: int
+    def __init__(self, ledger_id: _Optional[int] = ..., first_offset: _Optional[int] = ..., first_time_us: _Optional[int] = ..., messages: _Optional[int] = ..., bytes: _Optional[int] = ...) -> None: ...
+
+class ShardRecord(_message.Message):
+    __slots__ = ("shard_id", "topic", "state", "epoch", "owner", "first_slot", "last_slot", "parents", "start_offset", "segments", "first_page", "pages", "next_ledger", "cursor_ledger", "next_cursor", "inline_cursors", "created_us", "floor_time_us")
+    SHARD_ID_FIELD_NUMBER: _ClassVar[int]
+    TOPIC_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    OWNER_FIELD_NUMBER: _ClassVar[int]
+    FIRST_SLOT_FIELD_NUMBER: _ClassVar[int]
+    LAST_SLOT_FIELD_NUMBER: _ClassVar[int]
+    PARENTS_FIELD_NUMBER: _ClassVar[int]
+    START_OFFSET_FIELD_NUMBER: _ClassVar[int]
+    SEGMENTS_FIELD_NUMBER: _ClassVar[int]
+    FIRST_PAGE_FIELD_NUMBER: _ClassVar[int]
+    PAGES_FIELD_NUMBER: _ClassVar[int]
+    NEXT_LEDGER_FIELD_NUMBER: _ClassVar[int]
+    CURSOR_LEDGER_FIELD_NUMBER: _ClassVar[int]
+    NEXT_CURSOR_FIELD_NUMBER: _ClassVar[int]
+    INLINE_CURSORS_FIELD_NUMBER: _ClassVar[int]
+    CREATED_US_FIELD_NUMBER: _ClassVar[int]
+    FLOOR_TIME_US_FIELD_NUMBER: _ClassVar[int]
+    shard_id: int
+    topic: str
+    state: ShardState
+    epoch: int
+    owner: Owner
+    first_slot: int
+    last_slot: int
+    parents: _containers.RepeatedScalarFieldContainer[int]
+    start_offset: int
+    segments: _containers.RepeatedCompositeFieldContainer[Segment]
+    first_page: int
+    pages: int
+    next_ledger: int
+    cursor_ledger: int
+    next_cursor: int
+    inline_cursors: bytes
+    created_us: int
+    floor_time_us: int
+    def __init__(self, shard_id: _Optional[int] = ..., topic: _Optional[str] = ..., state: _Optional[_Union[ShardState, str]] = ..., epoch: _Optional[int] = ..., owner: _Optional[_Union[Owner, _Mapping]] = ..., first_slot: _Optional[int] = ..., last_slot: _Optional[int] = ..., parents: _Optional[_Iterable[int]] = ..., start_offset: _Optional[int] = ..., segments: _Optional[_Iterable[_Union[Segment, _Mapping]]] = ..., first_page: _Optional[int] = ..., pages: _Optional[int] = ..., next_ledger: _Optional[int] = ..., cursor_ledger: _Optional[int] = ..., next_cursor: _Optional[int] = ..., inline_cursors: _Optional[bytes] = ..., created_us: _Optional[int] = ..., floor_time_us: _Optional[int] = ...) -> None: ...
+
+class SegmentPage(_message.Message):
+    __slots__ = ("segments",)
+    SEGMENTS_FIELD_NUMBER: _ClassVar[int]
+    segments: _containers.RepeatedCompositeFieldContainer[Segment]
+    def __init__(self, segments: _Optional[_Iterable[_Union[Segment, _Mapping]]] = ...) -> None: ...
+
+class Fragment(_message.Message):
+    __slots__ = ("first_entry", "bookies")
+    FIRST_ENTRY_FIELD_NUMBER: _ClassVar[int]
+    BOOKIES_FIELD_NUMBER: _ClassVar[int]
+    first_entry: int
+    bookies: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, first_entry: _Optional[int] = ..., bookies: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class LedgerRecord(_message.Message):
+    __slots__ = ("ledger_id", "shard_id", "purpose", "state", "epoch", "token", "write_quorum", "ack_quorum", "fragments", "last_entry", "length", "created_us")
+    LEDGER_ID_FIELD_NUMBER: _ClassVar[int]
+    SHARD_ID_FIELD_NUMBER: _ClassVar[int]
+    PURPOSE_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    WRITE_QUORUM_FIELD_NUMBER: _ClassVar[int]
+    ACK_QUORUM_FIELD_NUMBER: _ClassVar[int]
+    FRAGMENTS_FIELD_NUMBER: _ClassVar[int]
+    LAST_ENTRY_FIELD_NUMBER: _ClassVar[int]
+    LENGTH_FIELD_NUMBER: _ClassVar[int]
+    CREATED_US_FIELD_NUMBER: _ClassVar[int]
+    ledger_id: int
+    shard_id: int
+    purpose: LedgerPurpose
+    state: LedgerState
+    epoch: int
+    token: bytes
+    write_quorum: int
+    ack_quorum: int
+    fragments: _containers.RepeatedCompositeFieldContainer[Fragment]
+    last_entry: int
+    length: int
+    created_us: int
+    def __init__(self, ledger_id: _Optional[int] = ..., shard_id: _Optional[int] = ..., purpose: _Optional[_Union[LedgerPurpose, str]] = ..., state: _Optional[_Union[LedgerState, str]] = ..., epoch: _Optional[int] = ..., token: _Optional[bytes] = ..., write_quorum: _Optional[int] = ..., ack_quorum: _Optional[int] = ..., fragments: _Optional[_Iterable[_Union[Fragment, _Mapping]]] = ..., last_entry: _Optional[int] = ..., length: _Optional[int] = ..., created_us: _Optional[int] = ...) -> None: ...
+
+class LayoutShard(_message.Message):
+    __slots__ = ("shard_id", "first_slot", "last_slot", "state", "parents")
+    SHARD_ID_FIELD_NUMBER: _ClassVar[int]
+    FIRST_SLOT_FIELD_NUMBER: _ClassVar[int]
+    LAST_SLOT_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    PARENTS_FIELD_NUMBER: _ClassVar[int]
+    shard_id: int
+    first_slot: int
+    last_slot: int
+    state: ShardState
+    parents: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, shard_id: _Optional[int] = ..., first_slot: _Optional[int] = ..., last_slot: _Optional[int] = ..., state: _Optional[_Union[ShardState, str]] = ..., parents: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class TopicRecord(_message.Message):
+    __slots__ = ("topic", "layout_epoch", "shards", "created_us", "deleting")
+    TOPIC_FIELD_NUMBER: _ClassVar[int]
+    LAYOUT_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    SHARDS_FIELD_NUMBER: _ClassVar[int]
+    CREATED_US_FIELD_NUMBER: _ClassVar[int]
+    DELETING_FIELD_NUMBER: _ClassVar[int]
+    topic: str
+    layout_epoch: int
+    shards: _containers.RepeatedCompositeFieldContainer[LayoutShard]
+    created_us: int
+    deleting: bool
+    def __init__(self, topic: _Optional[str] = ..., layout_epoch: _Optional[int] = ..., shards: _Optional[_Iterable[_Union[LayoutShard, _Mapping]]] = ..., created_us: _Optional[int] = ..., deleting: bool = ...) -> None: ...
+
+class SubscriptionRecord(_message.Message):
+    __slots__ = ("topic", "name", "subscription_id", "type", "start", "created_us")
+    TOPIC_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    SUBSCRIPTION_ID_FIELD_NUMBER: _ClassVar[int]
+    TYPE_FIELD_NUMBER: _ClassVar[int]
+    START_FIELD_NUMBER: _ClassVar[int]
+    CREATED_US_FIELD_NUMBER: _ClassVar[int]
+    topic: str
+    name: str
+    subscription_id: int
+    type: SubscriptionType
+    start: StartPosition
+    created_us: int
+    def __init__(self, topic: _Optional[str] = ..., name: _Optional[str] = ..., subscription_id: _Optional[int] = ..., type: _Optional[_Union[SubscriptionType, str]] = ..., start: _Optional[_Union[StartPosition, _Mapping]] = ..., created_us: _Optional[int] = ...) -> None: ...
+
+class StartPosition(_message.Message):
+    __slots__ = ("earliest", "offset", "time_us")
+    EARLIEST_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    TIME_US_FIELD_NUMBER: _ClassVar[int]
+    earliest: bool
+    offset: int
+    time_us: int
+    def __init__(self, earliest: bool = ..., offset: _Optional[int] = ..., time_us: _Optional[int] = ...) -> None: ...
+
+class ProducerRecord(_message.Message):
+    __slots__ = ("producer_id", "epoch")
+    PRODUCER_ID_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    producer_id: bytes
+    epoch: int
+    def __init__(self, producer_id: _Optional[bytes] = ..., epoch: _Optional[int] = ...) -> None: ...
+
+class BookieRegistration(_message.Message):
+    __slots__ = ("bookie_id", "address", "rack", "state", "disk_free_bytes", "disk_total_bytes", "ledger_floor", "version", "http_address")
+    BOOKIE_ID_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    RACK_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    DISK_FREE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DISK_TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    LEDGER_FLOOR_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    HTTP_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    bookie_id: str
+    address: str
+    rack: str
+    state: BookieState
+    disk_free_bytes: int
+    disk_total_bytes: int
+    ledger_floor: int
+    version: str
+    http_address: str
+    def __init__(self, bookie_id: _Optional[str] = ..., address: _Optional[str] = ..., rack: _Optional[str] = ..., state: _Optional[_Union[BookieState, str]] = ..., disk_free_bytes: _Optional[int] = ..., disk_total_bytes: _Optional[int] = ..., ledger_floor: _Optional[int] = ..., version: _Optional[str] = ..., http_address: _Optional[str] = ...) -> None: ...
+
+class BrokerRegistration(_message.Message):
+    __slots__ = ("broker_id", "address", "version", "http_address")
+    BROKER_ID_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    HTTP_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    broker_id: str
+    address: str
+    version: str
+    http_address: str
+    def __init__(self, broker_id: _Optional[str] = ..., address: _Optional[str] = ..., version: _Optional[str] = ..., http_address: _Optional[str] = ...) -> None: ...
+
+class Cookie(_message.Message):
+    __slots__ = ("bookie_id", "instance_id", "cluster", "directory_id")
+    BOOKIE_ID_FIELD_NUMBER: _ClassVar[int]
+    INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
+    CLUSTER_FIELD_NUMBER: _ClassVar[int]
+    DIRECTORY_ID_FIELD_NUMBER: _ClassVar[int]
+    bookie_id: str
+    instance_id: str
+    cluster: str
+    directory_id: str
+    def __init__(self, bookie_id: _Optional[str] = ..., instance_id: _Optional[str] = ..., cluster: _Optional[str] = ..., directory_id: _Optional[str] = ...) -> None: ...
