@@ -7,13 +7,15 @@ a lost connection and a timeout included, is a value, because the protocol must 
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from magnetar.metadata.records import BookieRegistration
+
+if TYPE_CHECKING:
+    import asyncio
 
 
 class AddStatus(Enum):

@@ -1,0 +1,98 @@
+"""The client library of Magnetar, for asyncio. `magnetar.client.sync` is the same, blocking.
+
+async with connect("localhost:7650") as client:
+    async with client.producer("clicks") as producer:
+        message_id = await producer.send(b"payload", key="user-1")
+
+    async with client.stream_consumer("clicks", subscription="audit", start=EARLIEST) as consumer:
+        async for message in consumer:
+            consumer.ack(message)
+"""
+
+from magnetar.client.admin import (
+    Admin,
+    ClusterHealth,
+    ConsumerDescription,
+    CursorDescription,
+    FragmentDescription,
+    LedgerDescription,
+    SegmentDescription,
+    ShardDescription,
+    SubscriptionDeletion,
+    SubscriptionDescription,
+    SubscriptionSummary,
+    TopicDeletion,
+    TopicDescription,
+)
+from magnetar.client.batching import Batching
+from magnetar.client.client import Client, connect
+from magnetar.client.consumer import QueueConsumer, Reader, StreamConsumer
+from magnetar.client.errors import (
+    AlreadyExists,
+    ClientClosed,
+    ClusterUnavailable,
+    ConsumerBusy,
+    EndOfTopic,
+    InvalidArgument,
+    LedgerNotFound,
+    MagnetarError,
+    MessageTooLarge,
+    NotAuthorized,
+    ProducerFenced,
+    QueueFull,
+    RetriableError,
+    SubscriptionNotFound,
+    TopicNotFound,
+)
+from magnetar.client.message import Message, MessageBatch, MessageId
+from magnetar.client.positions import EARLIEST, LATEST, Edge, Position
+from magnetar.client.producer import Producer
+from magnetar.client.receipts import Acknowledgement, MessageIds, Receipt
+
+__all__ = [
+    "EARLIEST",
+    "LATEST",
+    "Acknowledgement",
+    "Admin",
+    "AlreadyExists",
+    "Batching",
+    "Client",
+    "ClientClosed",
+    "ClusterHealth",
+    "ClusterUnavailable",
+    "ConsumerBusy",
+    "ConsumerDescription",
+    "CursorDescription",
+    "Edge",
+    "EndOfTopic",
+    "FragmentDescription",
+    "InvalidArgument",
+    "LedgerDescription",
+    "LedgerNotFound",
+    "MagnetarError",
+    "Message",
+    "MessageBatch",
+    "MessageId",
+    "MessageIds",
+    "MessageTooLarge",
+    "NotAuthorized",
+    "Position",
+    "Producer",
+    "ProducerFenced",
+    "QueueConsumer",
+    "QueueFull",
+    "Reader",
+    "Receipt",
+    "RetriableError",
+    "SegmentDescription",
+    "ShardDescription",
+    "StreamConsumer",
+    "SubscriptionDeletion",
+    "SubscriptionDescription",
+    "SubscriptionNotFound",
+    "SubscriptionSummary",
+    "TopicDeletion",
+    "TopicDescription",
+    "TopicNotFound",
+    "connect",
+]

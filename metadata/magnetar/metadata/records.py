@@ -1,7 +1,7 @@
 """The records of the metadata store, as the program thinks of them. Pure.
 
-Frozen values: a change is a new record. `codec.py` converts them to and from their stored form, `keyspace.py` says under
-which key each stands and who may write it.
+Frozen values: a change is a new record. `codec.py` converts them to and from their stored form, `keyspace.py` says
+under which key each stands and who may write it.
 """
 
 from __future__ import annotations

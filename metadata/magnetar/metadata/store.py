@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import Protocol, Self
 
 OPERATIONS_MAX = 100
+COMPARES_MAX = 100
 VALUE_BYTES_MAX = 1 << 20
 
 
@@ -144,6 +145,36 @@ class Reset:
 WatchEvent = Changes | Reset
 
 
+def check_txn(compares: Sequence[Compare], operations: Sequence[Operation]) -> None:
+    """Refuses with ValueError what no engine accepts: more than the limits, or two operations that touch one key."""
+    if len(compares) > COMPARES_MAX or len(operations) > OPERATIONS_MAX:
+        raise ValueError(f"a transaction is too large: compares=`{len(compares)}` operations=`{len(operations)}`")
+    for compare in compares:
+        _check_key(compare.key)
+    keys: set[str] = set()
+    prefixes: list[str] = []
+    for operation in operations:
+        if isinstance(operation, DeletePrefix):
+            prefixes.append(_check_key(operation.prefix))
+            continue
+        if isinstance(operation, Put) and len(operation.value) > VALUE_BYTES_MAX:
+            raise ValueError(f"a value is too large: key=`{operation.key}` bytes=`{len(operation.value)}`")
+        if _check_key(operation.key) in keys:
+            raise ValueError(f"two operations of a transaction touch one key: key=`{operation.key}`")
+        keys.add(operation.key)
+    for i, prefix in enumerate(prefixes):
+        others = prefixes[:i] + prefixes[i + 1 :]
+        if any(k.startswith(prefix) for k in keys) or any(p.startswith(prefix) for p in others):
+            raise ValueError(f"two operations of a transaction touch one key: prefix=`{prefix}`")
+
+
+def _check_key(key: str) -> str:
+    if not key:
+        raise ValueError("a key is not empty")
+    key.encode()  # a lone surrogate has no stored form: UnicodeEncodeError is a ValueError
+    return key
+
+
 class Watch(Protocol):
     """An endless iterator of events, until it is closed. After a Reset it ends."""
 
@@ -183,10 +214,9 @@ class MetadataStore(Protocol):
         ...
 
     async def txn(self, compares: Sequence[Compare], operations: Sequence[Operation]) -> TxnResult:
-        """Applies the operations if every compare holds. At most OPERATIONS_MAX operations, values VALUE_BYTES_MAX.
+        """Applies the operations if every compare holds. Durable when it returns.
 
-        Raises ValueError beyond these limits or when two operations touch one key, LeaseExpired when a put names a
-        lease that is not there.
+        Raises ValueError for what `check_txn` refuses, LeaseExpired when a put names a lease that is not there.
         """
         ...
 

@@ -22,15 +22,15 @@ class BookieSettings(Settings):
 
     id: str = Field(pattern=NAME_PATTERN)
     data_dir: Path
-    cluster: str = Field("magnetar", pattern=NAME_PATTERN)
+    cluster: str = Field(default="magnetar", pattern=NAME_PATTERN)
     listen: str = "127.0.0.1:7660"
     advertised_address: str = ""
     rack: str = ""
-    memory_bytes: int = Field(128 * MIB, ge=16 * MIB)
-    read_only_at: float = Field(0.95, gt=0, le=1, description="share of the disk in use")
-    writable_at: float = Field(0.90, gt=0, le=1, description="share of the disk in use")
-    gc_interval_s: float = Field(60.0, gt=0)
-    lease_s: float = Field(5.0, ge=0.1)
+    memory_bytes: int = Field(default=128 * MIB, ge=16 * MIB)
+    read_only_at: float = Field(default=0.95, gt=0, le=1, description="share of the disk in use")
+    writable_at: float = Field(default=0.90, gt=0, le=1, description="share of the disk in use")
+    gc_interval_s: float = Field(default=60.0, gt=0)
+    lease_s: float = Field(default=5.0, ge=0.1)
 
     @model_validator(mode="after")
     def _writable_below_read_only(self) -> BookieSettings:
@@ -46,20 +46,20 @@ class BrokerSettings(Settings):
     """A broker. Sizes in bytes, times in seconds."""
 
     id: str = Field(pattern=NAME_PATTERN)
-    cluster: str = Field("magnetar", pattern=NAME_PATTERN)
+    cluster: str = Field(default="magnetar", pattern=NAME_PATTERN)
     listen: str = "127.0.0.1:7650"
     advertised_address: str = ""
-    ensemble_size: int = Field(3, ge=1, le=16)
-    write_quorum: int = Field(3, ge=1, le=16)
-    ack_quorum: int = Field(2, ge=1, le=16)
-    segment_bytes: int = Field(64 * MIB, ge=64 * KIB, le=2 * GIB)
-    segment_s: float = Field(3600.0, gt=0)
-    cache_bytes: int = Field(64 * MIB, ge=1 * MIB)
-    pending_bytes: int = Field(64 * MIB, ge=1 * MIB, description="published bytes not yet stored, all producers")
-    max_message_bytes: int = Field(5 * MIB, ge=1 * KIB, le=5 * MIB)
-    retention_unsubscribed_s: float = Field(7 * 24 * 3600.0, ge=0)
-    trim_interval_s: float = Field(5.0, gt=0)
-    lease_s: float = Field(5.0, ge=0.1)
+    ensemble_size: int = Field(default=3, ge=1, le=16)
+    write_quorum: int = Field(default=3, ge=1, le=16)
+    ack_quorum: int = Field(default=2, ge=1, le=16)
+    segment_bytes: int = Field(default=64 * MIB, ge=64 * KIB, le=2 * GIB)
+    segment_s: float = Field(default=3600.0, gt=0)
+    cache_bytes: int = Field(default=64 * MIB, ge=1 * MIB)
+    pending_bytes: int = Field(default=64 * MIB, ge=1 * MIB, description="published and not yet stored, all producers")
+    max_message_bytes: int = Field(default=5 * MIB, ge=1 * KIB, le=5 * MIB)
+    retention_unsubscribed_s: float = Field(default=7 * 24 * 3600.0, ge=0)
+    trim_interval_s: float = Field(default=5.0, gt=0)
+    lease_s: float = Field(default=5.0, ge=0.1)
 
     @model_validator(mode="after")
     def _quorums_nest(self) -> BrokerSettings:

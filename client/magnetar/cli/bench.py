@@ -1,0 +1,401 @@
+"""`magnetar bench`: how fast this cluster is, and how fast the machine under it could be."""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import json
+import os
+import random
+import select
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from magnetar.cli.command import (
+    DEFAULT_TIMEOUT_S,
+    EXIT_USAGE,
+    CommandFailed,
+    DryRunOption,
+    Output,
+    OutputOption,
+    TimeoutOption,
+    find_server,
+    run,
+)
+from magnetar.cli.output import emit_json, emit_table, note
+from magnetar.cli.produce import Compression
+
+if TYPE_CHECKING:
+    from magnetar.client import Client, Producer, Receipt
+
+app = typer.Typer(help="How fast this cluster is, next to what the machine could do.", no_args_is_help=True)
+
+
+WARM_UP_S = 1.0
+PAYLOAD_POOL_BYTES = 8 << 20
+LATENCY_SAMPLES_MAX = 1_000_000
+NOWAIT_SAMPLE_EVERY = 100
+SERVER_START_TIMEOUT_S = 30.0
+SERVER_STOP_TIMEOUT_S = 30.0
+TOPICS_OPENED_AT_ONCE = 64
+
+
+class Mode(enum.StrEnum):
+    many = "many"
+    nowait = "nowait"
+    single = "single"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to run. Sizes in bytes, time in seconds."""
+
+    size: int
+    seconds: float
+    mode: Mode
+    batch: int
+    in_flight: int
+    keys: int
+    topics: int
+    compression: str
+
+
+@dataclass(slots=True)
+class Counted:
+    messages: int = 0
+    latencies_s: list[float] = field(default_factory=list)
+
+    def add(self, messages: int, latency_s: float) -> None:
+        self.messages += messages
+        if len(self.latencies_s) < LATENCY_SAMPLES_MAX:
+            self.latencies_s.append(latency_s)
+
+    def add_receipt(self, begin: float, _receipt: Receipt) -> None:
+        """A sampled message is stored; all are counted where they are sent."""
+        self.add(0, time.perf_counter() - begin)
+
+
+@app.callback()
+def options() -> None:
+    """How fast this cluster is, next to what the machine could do."""
+
+
+@app.command()
+def publish(
+    server: Annotated[
+        str | None, typer.Option(envvar="MAGNETAR_SERVER", help="Measure this cluster; else --local.")
+    ] = None,
+    local: Annotated[
+        str, typer.Option(help="BOOKIES,BROKERS of a cluster started for the run; they share one process.")
+    ] = "3,1",
+    data_dir: Annotated[Path, typer.Option(help="Where the cluster of --local keeps its data.")] = Path("."),
+    size: Annotated[int, typer.Option(min=0, max=5 << 20, help="Bytes of one payload.")] = 1024,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Length of the run.")] = 10.0,
+    mode: Annotated[
+        Mode, typer.Option(help="many: send_many. nowait: send_nowait. single: one at a time.")
+    ] = Mode.many,
+    batch: Annotated[int, typer.Option(min=1, max=100_000, help="Messages of one send_many.")] = 1000,
+    in_flight: Annotated[int, typer.Option(min=1, max=1024, help="Calls of send_many under way at once.")] = 8,
+    keys: Annotated[int, typer.Option(min=0, help="Distinct keys; 0 sends without keys.")] = 0,
+    topics: Annotated[int, typer.Option(min=1, max=10_000, help="Spread over so many topics.")] = 1,
+    compression: Annotated[Compression, typer.Option(help="Payloads are random unless it is set.")] = Compression.none,
+    dry_run: DryRunOption = False,
+    output: OutputOption = Output.table,
+    timeout: TimeoutOption = DEFAULT_TIMEOUT_S,
+) -> None:
+    """Publishes for some seconds; prints rate, latency, CPU, memory, bytes written, and the machine's own limits."""
+    plan = Plan(size, seconds, mode, batch, in_flight, keys, topics, compression.value)
+    bookies = parse_local(local)
+    if dry_run:
+        where = server or f"a new cluster of {bookies} bookies in {data_dir}"
+        settings = {**asdict(plan), "mode": mode.value, "local": server is None}
+        if output is Output.json:
+            emit_json({"test": "publish", "settings": settings, "server": server, "dry_run": True})
+        else:
+            note(f"would publish for {seconds:g} s to {where}: " + ", ".join(f"{k}={v}" for k, v in settings.items()))
+        return
+
+    async def main() -> dict[str, Any]:
+        if server is not None:
+            await find_server(server, timeout)
+        with _cluster(server, bookies, data_dir) as cluster:
+            return await _publish(plan, cluster, timeout)
+
+    result = run(main())
+    if output is Output.json:
+        emit_json(result)
+    else:
+        _show(result)
+
+
+@dataclass(slots=True)
+class Cluster:
+    address: str
+    pid: int | None
+    folder: Path
+
+
+def parse_local(local: str) -> int:
+    """How many bookies BOOKIES,BROKERS asks for. Raises CommandFailed."""
+    try:
+        bookies, brokers = (int(part) for part in local.split(","))
+    except ValueError:
+        raise CommandFailed(f"--local takes BOOKIES,BROKERS, such as 3,1; got {local!r}", EXIT_USAGE) from None
+    if brokers != 1 or not 1 <= bookies <= 9:
+        raise CommandFailed("--local starts one process with 1 broker and 1 to 9 bookies, such as 3,1", EXIT_USAGE)
+    return bookies
+
+
+@contextmanager
+def _cluster(server: str | None, bookies: int, data_dir: Path) -> Iterator[Cluster]:
+    """The cluster to measure: the one at `server`, or one of its own that ends, with its data, when this does."""
+    if server is not None:
+        yield Cluster(server, None, data_dir)
+        return
+    data_dir.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix="magnetar-bench-", dir=data_dir))
+    command = [
+        sys.executable, "-m", "magnetar.cli.main", "standalone", "--data-dir", str(folder), "--port", "0",
+        "--http-port", "0", "--bookies", str(bookies), "--output", "json",
+    ]  # fmt: skip
+    process = subprocess.Popen(command, stdout=subprocess.PIPE)
+    try:
+        yield Cluster(_ready(process)["server"], process.pid, folder)
+    finally:
+        process.terminate()
+        try:
+            process.wait(SERVER_STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _ready(process: subprocess.Popen[bytes]) -> Any:
+    """What the started server prints when it is ready. Raises CommandFailed."""
+    assert process.stdout is not None
+    readable, _, _ = select.select([process.stdout], [], [], SERVER_START_TIMEOUT_S)
+    if not readable:
+        raise CommandFailed(
+            f"the cluster did not start within {SERVER_START_TIMEOUT_S:g} s: is the machine overloaded?"
+        )
+    line = process.stdout.readline()
+    if not line:
+        raise CommandFailed("the cluster did not start, for the reason above")
+    return json.loads(line)
+
+
+async def _publish(plan: Plan, cluster: Cluster, timeout: float) -> dict[str, Any]:
+    from magnetar.cli.machine import ProcessFigures, probe_disk, probe_grpc
+    from magnetar.client import connect
+
+    disk_mb_per_s = await asyncio.to_thread(probe_disk, cluster.folder)
+    frames_per_s, grpc_mb_per_s = await probe_grpc()
+    async with (
+        connect(cluster.address, timeout=timeout) as client,
+        _topics(client, plan) as topics,
+        _producers(client, topics, plan.compression) as producers,
+    ):
+        await _run(plan, producers, WARM_UP_S)
+        before, client_before = ProcessFigures.read(cluster.pid), ProcessFigures.read(os.getpid())
+        begin = time.perf_counter()
+        counted = await _run(plan, producers, plan.seconds)
+        elapsed = time.perf_counter() - begin
+        after, client_after = ProcessFigures.read(cluster.pid), ProcessFigures.read(os.getpid())
+        copies = await _copies(client, topics[0])
+    mb_per_s = counted.messages * plan.size / elapsed / 1e6
+    written = after.written - before.written
+    sent = counted.messages * plan.size
+    return {
+        "test": "publish",
+        "settings": {
+            **asdict(plan),
+            "mode": plan.mode.value,
+            "local": cluster.pid is not None,
+            "copies": copies,
+        },
+        "messages": counted.messages,
+        "msgs_per_s": round(counted.messages / elapsed, 1),
+        "mb_per_s": round(mb_per_s, 3),
+        "latency_ms": _percentiles(counted.latencies_s),
+        "disk_mb_per_s": round(disk_mb_per_s, 1),
+        "disk_ratio": round(mb_per_s * copies * 2 / disk_mb_per_s, 3),
+        "bytes_written_per_byte": round(written / (sent * copies), 3) if written and sent else None,
+        "grpc_mb_per_s": round(grpc_mb_per_s, 1),
+        "grpc_frames_per_s": round(frames_per_s, 1),
+        "processes": [
+            *([{"role": "standalone", **after.since(before)}] if cluster.pid is not None else []),
+            {"role": "client", **client_after.since(client_before)},
+        ],
+    }
+
+
+@asynccontextmanager
+async def _topics(client: Client, plan: Plan) -> AsyncIterator[list[str]]:
+    """Topics of their own for the run, deleted after it."""
+    run_id = f"{random.getrandbits(32):08x}"
+    topics = [f"bench-{run_id}-{number}" for number in range(plan.topics)]
+    created: list[str] = []
+    try:
+        for start in range(0, len(topics), TOPICS_OPENED_AT_ONCE):
+            group = topics[start : start + TOPICS_OPENED_AT_ONCE]
+            created += group
+            await asyncio.gather(*(client.admin.topics.create(topic) for topic in group))
+        yield topics
+    finally:
+        for start in range(0, len(created), TOPICS_OPENED_AT_ONCE):
+            group = created[start : start + TOPICS_OPENED_AT_ONCE]
+            await asyncio.gather(*(client.admin.topics.delete(topic) for topic in group), return_exceptions=True)
+
+
+@asynccontextmanager
+async def _producers(client: Client, topics: list[str], compression: str) -> AsyncIterator[list[Producer]]:
+    async with AsyncExitStack() as stack:
+        yield [
+            await stack.enter_async_context(client.producer(topic, compression=compression))  # type: ignore[arg-type]
+            for topic in topics
+        ]
+
+
+async def _copies(client: Client, topic: str) -> int:
+    """How many bookies hold each message."""
+    segments = [segment for shard in (await client.admin.topics.describe(topic)).shards for segment in shard.segments]
+    return len(segments[-1].ensemble) if segments else 1
+
+
+async def _run(plan: Plan, producers: list[Producer], seconds: float) -> Counted:
+    counted = Counted()
+    stop_at = time.perf_counter() + seconds
+    source = Source(plan)
+    if plan.mode is Mode.many:
+        workers = max(plan.in_flight, min(len(producers), 256))
+        async with asyncio.TaskGroup() as group:
+            for number in range(workers):
+                group.create_task(_send_many(plan, producers, number, workers, source, stop_at, counted))
+    elif plan.mode is Mode.nowait:
+        await _send_nowait(producers, source, stop_at, counted)
+    else:
+        await _send_single(producers, source, stop_at, counted)
+    return counted
+
+
+class Source:
+    """Payloads cut from a pool of random bytes (repeating ones with compression), and keys."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._size = plan.size
+        self._count = plan.batch
+        random_bytes = os.urandom(PAYLOAD_POOL_BYTES + plan.size)
+        if plan.compression != "none":
+            random_bytes = (b"flight,of,a,real,airline,on,time," * (len(random_bytes) // 33 + 1))[: len(random_bytes)]
+        self._pool = random_bytes
+        self._keys = [f"key-{number}".encode() for number in range(plan.keys)]
+        self._position = 0
+        step = max(1, PAYLOAD_POOL_BYTES // 4096)
+        self.payloads = [self._cut(number * step % PAYLOAD_POOL_BYTES) for number in range(4096)]
+
+    def _cut(self, start: int) -> bytes:
+        return self._pool[start : start + self._size]
+
+    def one(self) -> tuple[bytes, bytes | None]:
+        self._position += 1
+        key = self._keys[self._position % len(self._keys)] if self._keys else None
+        return self.payloads[self._position & 4095], key
+
+    def many(self) -> tuple[list[bytes], list[bytes] | None]:
+        start = self._position & 4095
+        self._position += self._count
+        payloads = self.payloads[start : start + self._count]
+        while len(payloads) < self._count:
+            payloads = payloads + self.payloads[: self._count - len(payloads)]
+        if not self._keys:
+            return payloads, None
+        first = self._position
+        return payloads, [self._keys[(first + index) % len(self._keys)] for index in range(self._count)]
+
+
+async def _send_many(
+    plan: Plan, producers: list[Producer], number: int, workers: int, source: Source, stop_at: float, counted: Counted
+) -> None:
+    turn = number
+    while (begin := time.perf_counter()) < stop_at:
+        payloads, keys = source.many()
+        await producers[turn % len(producers)].send_many(payloads, keys=keys)
+        counted.add(len(payloads), time.perf_counter() - begin)
+        turn += workers
+
+
+async def _send_nowait(producers: list[Producer], source: Source, stop_at: float, counted: Counted) -> None:
+    from magnetar.client import QueueFull
+
+    receipt: Receipt | None = None
+    turn = 0
+    while time.perf_counter() < stop_at:
+        producer = producers[turn % len(producers)]
+        turn += 1
+        for _ in range(NOWAIT_SAMPLE_EVERY):
+            payload, key = source.one()
+            try:
+                receipt = producer.send_nowait(payload, key=key)
+            except QueueFull:
+                await producer.flush()
+                receipt = producer.send_nowait(payload, key=key)
+        begin = time.perf_counter()
+        assert receipt is not None
+        receipt.add_done_callback(partial(counted.add_receipt, begin))
+        counted.messages += NOWAIT_SAMPLE_EVERY
+        await asyncio.sleep(0)
+    for producer in producers:
+        await producer.flush()
+
+
+async def _send_single(producers: list[Producer], source: Source, stop_at: float, counted: Counted) -> None:
+    turn = 0
+    while (begin := time.perf_counter()) < stop_at:
+        payload, key = source.one()
+        await producers[turn % len(producers)].send(payload, key=key)
+        turn += 1
+        counted.add(1, time.perf_counter() - begin)
+
+
+def _percentiles(latencies_s: list[float]) -> dict[str, float]:
+    if not latencies_s:
+        return {}
+    ordered = sorted(latencies_s)
+
+    def at(share: float) -> float:
+        return round(ordered[min(len(ordered) - 1, int(len(ordered) * share))] * 1e3, 3)
+
+    return {"p50": at(0.5), "p95": at(0.95), "p99": at(0.99), "p999": at(0.999), "max": at(1.0)}
+
+
+def _show(result: dict[str, Any]) -> None:
+    latency = result["latency_ms"]
+    emit_table(
+        ["what", "figure"],
+        [
+            ("messages", f"{result['messages']:,}"),
+            ("messages/s", f"{result['msgs_per_s']:,.0f}"),
+            ("MB/s", f"{result['mb_per_s']:,.1f}"),
+            ("latency p50 / p99 / max", " / ".join(f"{latency.get(at, 0):.1f} ms" for at in ("p50", "p99", "max"))),
+            ("disk, write + fdatasync of 512 KiB", f"{result['disk_mb_per_s']:,.0f} MB/s"),
+            ("share of the disk (all copies, written twice)", f"{result['disk_ratio']:.2f}"),
+            ("bytes written per byte and copy", result["bytes_written_per_byte"] or "unknown"),
+            ("gRPC, frames/s of 100 bytes", f"{result['grpc_frames_per_s']:,.0f}"),
+            ("gRPC, MB/s of 1 MiB frames", f"{result['grpc_mb_per_s']:,.0f}"),
+            *((f"{one['role']}: CPU, peak memory", f"{one['cpu_s']:.1f} s, {one['peak_rss_mb']:,.0f} MB")
+              for one in result["processes"]),
+        ],
+    )  # fmt: skip
+    note("mb = 10^6 bytes of payload; latency is that of one call")

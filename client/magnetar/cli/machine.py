@@ -1,0 +1,106 @@
+"""What the kernel says of a process, and what the disk and gRPC of this machine can do at best."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import grpc.aio
+
+DISK_PROBE_S = 1.5
+DISK_PROBE_BYTES = 512 << 10
+GRPC_PROBE_FRAMES = 3000
+GRPC_PROBE_FRAME_BYTES = 100
+GRPC_PROBE_BLOCKS = 200
+GRPC_PROBE_BLOCK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessFigures:
+    """What the kernel counted for a process, from /proc; zeros where it cannot be read."""
+
+    cpu_s: float = 0.0
+    peak_rss_mb: float = 0.0
+    written: int = 0
+
+    @classmethod
+    def read(cls, pid: int | None) -> ProcessFigures:
+        try:
+            stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            status = Path(f"/proc/{pid}/status").read_text()
+            io = dict(line.split(": ") for line in Path(f"/proc/{pid}/io").read_text().splitlines())
+        except OSError:
+            return cls()
+        peak = next((line for line in status.splitlines() if line.startswith("VmHWM")), "VmHWM: 0 kB")
+        ticks = int(stat[11]) + int(stat[12])
+        return cls(ticks / os.sysconf("SC_CLK_TCK"), int(peak.split()[1]) / 1e3, int(io["write_bytes"]))
+
+    def since(self, before: ProcessFigures) -> dict[str, float]:
+        return {"cpu_s": round(self.cpu_s - before.cpu_s, 2), "peak_rss_mb": round(self.peak_rss_mb, 1)}
+
+
+def probe_disk(folder: Path) -> float:
+    """MB/s of write + fdatasync of 512 KiB on the same directory: what a log at full speed could reach."""
+    block = os.urandom(DISK_PROBE_BYTES)
+    path = folder / "disk-probe"
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    rates = []
+    try:
+        stop_at = time.perf_counter() + DISK_PROBE_S
+        while time.perf_counter() < stop_at:
+            begin = time.perf_counter()
+            for _ in range(8):
+                os.write(descriptor, block)
+                os.fdatasync(descriptor)
+            rates.append(8 * DISK_PROBE_BYTES / (time.perf_counter() - begin) / 1e6)
+    finally:
+        os.close(descriptor)
+        path.unlink()
+    return statistics.median(rates)
+
+
+async def probe_grpc() -> tuple[float, float]:
+    """Frames/s of 100 bytes and MB/s of 1 MiB frames over one stream on loopback, both ends in this process."""
+
+    async def echo(_requests: Any, context: Any) -> None:
+        while await context.read() is not grpc.aio.EOF:
+            await context.write(b"")
+
+    handler = grpc.stream_stream_rpc_method_handler(echo)
+    server = grpc.aio.server()
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("probe", {"Echo": handler}),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            frames_s = await _echo(channel, os.urandom(GRPC_PROBE_FRAME_BYTES), GRPC_PROBE_FRAMES, 256)
+            blocks_s = await _echo(channel, os.urandom(GRPC_PROBE_BLOCK_BYTES), GRPC_PROBE_BLOCKS, 16)
+    finally:
+        await server.stop(0)
+    return GRPC_PROBE_FRAMES / frames_s, GRPC_PROBE_BLOCKS * GRPC_PROBE_BLOCK_BYTES / blocks_s / 1e6
+
+
+async def _echo(channel: Any, frame: bytes, count: int, window: int) -> float:
+    call = channel.stream_stream("/probe/Echo")()
+    room = asyncio.Semaphore(window)
+
+    async def read() -> None:
+        for _ in range(count):
+            await call.read()
+            room.release()
+
+    begin = time.perf_counter()
+    reader = asyncio.create_task(read())
+    for _ in range(count):
+        await room.acquire()
+        await call.write(frame)
+    await reader
+    elapsed = time.perf_counter() - begin
+    await call.done_writing()
+    return elapsed

@@ -1,0 +1,49 @@
+"""`magnetar standalone`: everything in one process."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from magnetar.cli.command import EXIT_ERROR, Output, OutputOption, fail
+from magnetar.cli.output import emit_json, note
+
+
+def standalone(
+    data_dir: Annotated[Path, typer.Option(help="Where everything is kept.")] = Path("magnetar-data"),
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port for clients; 0 takes any free one.")] = 7650,
+    http_port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="Port for /metrics, /livez, /readyz; default: port + 1.")
+    ] = None,
+    bookies: Annotated[
+        int | None, typer.Option(min=1, max=9, help="Storage nodes; default: as many as the directory holds, or 1.")
+    ] = None,
+    output: OutputOption = Output.table,
+) -> None:
+    """Runs a whole cluster in one process until Ctrl-C; the data stays in --data-dir."""
+    try:
+        from magnetar.cli import roles
+    except ModuleNotFoundError as error:
+        fail(f"the server is not installed: pip install 'magnetar[server]' missing=`{error.name}`", EXIT_ERROR)
+
+    def ready(where: roles.Ready) -> None:
+        if output is Output.json:
+            emit_json(asdict(where))
+        else:
+            print(
+                f"magnetar standalone: server {where.server}, {where.http}, {where.bookies} bookies, {where.data_dir}"
+            )
+        sys.stdout.flush()
+        if host not in ("127.0.0.1", "localhost", "::1"):
+            note(f"magnetar: warning: listening on {host} without security: whoever reaches it can read and write")
+
+    asked = roles.Standalone(data_dir=data_dir, host=host, port=port, http_port=http_port, bookies=bookies)
+    try:
+        roles.run_standalone(asked, ready)
+    except roles.StandaloneRefused as refused:
+        fail(str(refused), EXIT_ERROR)

@@ -1,0 +1,198 @@
+"""Keeps a producer or consumer open at whoever owns a shard, through crashes, moves and reconnects.
+
+    resolve ──▶ connect ──▶ open ──▶ (in use) ──▶ ended: why?
+       ▲                                             │
+       └────────── wait, doubling, with jitter ◀─────┘
+
+The reason decides alone: a broker that names the owner is believed at once, a final reason ends the link, everything
+else is tried again, for ever. Patience is another matter: when something is waited for and nothing moves for `timeout`
+seconds, `_timed_out` tells the users, and the link goes on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Generic
+
+from magnetar.client.backoff import Delays
+from magnetar.client.connection import Streams, StreamT
+from magnetar.client.layouts import Brokers, Layouts
+from magnetar.client.refusal import NOT_OWNER, OUT_OF_ORDER, WRONG_SHARD, Refused, unavailable
+
+log = logging.getLogger("magnetar.client")
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster(Generic[StreamT]):
+    """What a link needs: who to ask, the streams to them, and how patient to be."""
+
+    brokers: Brokers
+    layouts: Layouts
+    streams: Streams[StreamT]
+    timeout_s: float
+
+
+class ShardLink(ABC, Generic[StreamT]):
+    """One handle at one shard; see the module's docstring."""
+
+    def __init__(self, cluster: Cluster[StreamT], topic: str, shard_id: int, owner: str) -> None:
+        self.topic = topic
+        self.shard_id = shard_id
+        self._cluster: Cluster[StreamT] = cluster
+        self._loop = asyncio.get_running_loop()
+        self._owner = owner
+        self._delays = Delays(random.random)
+        self._stream: StreamT | None = None
+        self._number = 0
+        self._closed: asyncio.Future[Refused] | None = None
+        self._refused = unavailable("no attempt was made yet")
+        self._task: asyncio.Task[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._moved_at = 0.0
+        self._stopped = False
+
+    # --- what kinds of link do ---
+
+    @abstractmethod
+    def _open(self, stream: StreamT) -> int:
+        """Add this handle to the stream and send the opening. Returns its number."""
+
+    @abstractmethod
+    def _lost(self) -> None:
+        """The handle is not open any more."""
+
+    @abstractmethod
+    def _failed(self, refused: Refused) -> None:
+        """It ended for a final reason; the link ends too."""
+
+    @abstractmethod
+    def _waiting(self) -> bool:
+        """Something is waited for."""
+
+    @abstractmethod
+    def _timed_out(self, refused: Refused) -> None:
+        """Nothing moved for the whole timeout. refused: what went wrong last."""
+
+    # --- life ---
+
+    @property
+    def started(self) -> bool:
+        return self._task is not None
+
+    def start(self) -> None:
+        if self._task is None:
+            self._task = asyncio.create_task(self._run(), name=f"{type(self).__name__} {self.topic} {self.shard_id}")
+
+    async def stop(self) -> None:
+        """The handle is closed, in the background at the broker."""
+        self.abandon()
+        if self._task is not None:
+            await asyncio.wait({self._task})
+
+    def abandon(self) -> None:
+        """As `stop`, without waiting for the end."""
+        self._stopped = True
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._task is not None:
+            self._task.cancel()
+
+    async def _run(self) -> None:
+        try:
+            while True:
+                refused = await self._attempt()
+                self._refused = refused
+                if refused.final and not refused.one_batch:
+                    break
+                wait_s = self._delays.next_s(at_least_s=refused.retry_after_s, at_once=self._knows_where(refused))
+                if wait_s:
+                    await asyncio.sleep(wait_s)
+        except Exception as error:
+            log.exception("link failed: topic=`%s` shard=`%d`", self.topic, self.shard_id)
+            refused = unavailable(f"the client failed: {error!r}")
+        self._failed(refused)
+
+    async def _attempt(self) -> Refused:
+        """Open at the owner and stay until it ends."""
+        try:
+            address = self._owner or await self._resolve()
+            self._owner = ""
+            stream = await self._cluster.streams.at(address)
+            self._number = self._open(stream)
+        except Refused as error:
+            return error
+        self._stream = stream
+        self._closed = self._loop.create_future()
+        try:
+            refused = await self._closed
+        finally:
+            self._let_go(stream)
+        if refused.reason == NOT_OWNER:
+            self._owner = refused.owner
+        elif refused.reason == OUT_OF_ORDER or refused.one_batch:
+            self._owner = address
+        return refused
+
+    async def _resolve(self) -> str:
+        layout = await self._cluster.layouts.refresh(self.topic)
+        shard = layout.shard(self.shard_id)
+        if shard is None:
+            raise unavailable(f"the topic's layout has no such shard: topic=`{self.topic}` shard=`{self.shard_id}`")
+        return shard.owner or self._cluster.brokers.preferred
+
+    def _knows_where(self, refused: Refused) -> bool:
+        return bool(self._owner) or refused.reason == WRONG_SHARD
+
+    def _let_go(self, stream: StreamT) -> None:
+        """Nothing happens any more if the handle has ended; else it is closed at the broker too."""
+        if self._closed is not None and not self._closed.done():
+            self._close(stream)
+            self._lost()
+        stream.remove(self._number)
+        self._stream, self._closed = None, None
+
+    @abstractmethod
+    def _close(self, stream: StreamT) -> None:
+        """Close an open handle at the broker."""
+
+    def ended(self, refused: Refused, sequence: int = -1) -> None:
+        """The broker closed the handle, or the stream is gone."""
+        if self._closed is not None and not self._closed.done():
+            self._lost()
+            self._closed.set_result(refused)
+
+    def _cut(self, refused: Refused) -> None:
+        """Close the handle from this side, and open again."""
+        if self._stream is not None and self._closed is not None and not self._closed.done():
+            self._close(self._stream)
+            self.ended(refused)
+
+    # --- patience ---
+
+    def _watch(self) -> None:
+        """Something is waited for from now on, or still."""
+        if self._timer is None and not self._stopped:
+            self._moved_at = self._loop.time()
+            self._timer = self._loop.call_later(self._cluster.timeout_s, self._look)
+
+    def _moved(self) -> None:
+        """What is waited for came nearer."""
+        self._moved_at = self._loop.time()
+        self._delays.reset()
+
+    def _look(self) -> None:
+        self._timer = None
+        if not self._waiting():
+            return
+        now = self._loop.time()
+        remaining_s = self._moved_at + self._cluster.timeout_s - now
+        if remaining_s <= 0.0:
+            self._timed_out(self._refused)
+            self._moved_at, remaining_s = now, self._cluster.timeout_s
+        if self._waiting() and not self._stopped:
+            self._timer = self._loop.call_later(remaining_s, self._look)

@@ -1,0 +1,324 @@
+"""The keys of the metadata store: every one is built and parsed here. Pure.
+
+All keys stand under `/magnetar/<cluster>/`. Numbers are 16 lower-case hexadecimal digits, so that the order of keys is
+the order of numbers. A part of a key is never empty and never holds a `/`, so that no name can reach another key.
+
+key                                 record                      written by                          dies
+instance                            instance id, text           first server of the cluster, CAS    never
+ids/<counter>                       next number, decimal text   who needs a block of them, CAS      never
+topics/<t>/<n>/<topic>              TopicRecord                 a broker that changes it, CAS       deletion's last step
+subscriptions/<t>/<n>/<topic>/<s>   SubscriptionRecord          any broker, CAS                     with it or its topic
+producers/<t>/<n>/<topic>/<p>       ProducerRecord              the broker that registers it, CAS   with its topic
+shards/<shard>/record               ShardRecord                 its owner; a claimer                deletion's last step
+shards/<shard>/ledgers/<ledger>     LedgerRecord, not CLOSED    the shard's owner; a claimer        closed: to ledgers/
+pages/<shard>/<page>                older segments              the shard's owner                   trimmed
+ledgers/<ledger>                    LedgerRecord, CLOSED        the shard's owner; repair, CAS      when unlinked
+index/<bookie>/<ledger>             empty: it has a role there  who changes the ledger's record     with the role
+brokers/<broker>                    BrokerRegistration, leased  the broker                          with its session
+bookies/<bookie>                    BookieRegistration, leased  the bookie                          with its session
+cookies/<bookie>                    Cookie                      the bookie, at its first start      decommissioned
+owned/<broker>/<session>/<shard>    the claim's random mark     who changes the shard's owner       with the ownership
+elections/<name>                    leader's name, leased       a candidate that finds it absent    with its lease
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+from magnetar.metadata.records import Owner
+
+COUNTER_SHARD = "shard"
+COUNTER_LEDGER = "ledger"
+COUNTER_SUBSCRIPTION = "subscription"
+
+NUMBER_MAX = (1 << 64) - 1
+NAME = "*"
+NUMBER = "#"
+_NUMBER_DIGITS = 16
+_NUMBER_ALPHABET = frozenset("0123456789abcdef")
+
+
+class UnknownKey(ValueError):
+    """A key that is not of the expected kind."""
+
+
+class KeyKind(Enum):
+    """Each kind's parts: NAME, NUMBER, or a word that stands for itself."""
+
+    INSTANCE = ("instance",)
+    COUNTER = ("ids", NAME)
+    TOPIC = ("topics", NAME, NAME, NAME)
+    SUBSCRIPTION = ("subscriptions", NAME, NAME, NAME, NAME)
+    PRODUCER = ("producers", NAME, NAME, NAME, NAME)
+    SHARD = ("shards", NUMBER, "record")
+    SHARD_LEDGER = ("shards", NUMBER, "ledgers", NUMBER)
+    PAGE = ("pages", NUMBER, NUMBER)
+    LEDGER = ("ledgers", NUMBER)
+    INDEX = ("index", NAME, NUMBER)
+    BROKER = ("brokers", NAME)
+    BOOKIE = ("bookies", NAME)
+    COOKIE = ("cookies", NAME)
+    OWNED = ("owned", NAME, NUMBER, NUMBER)
+    ELECTION = ("elections", NAME)
+
+
+def number(value: int) -> str:
+    """The form of a number in keys; raises ValueError unless it has at most 64 bits and no sign."""
+    if not 0 <= value <= NUMBER_MAX:
+        raise ValueError(f"a number in a key has 64 bits: number=`{value}`")
+    return f"{value:0{_NUMBER_DIGITS}x}"
+
+
+def _is_number(part: str) -> bool:
+    return len(part) == _NUMBER_DIGITS and _NUMBER_ALPHABET.issuperset(part)
+
+
+def _name(part: str) -> str:
+    if not part or "/" in part:
+        raise ValueError(f"a part of a key is not empty and has no slash: part=`{part}`")
+    return part
+
+
+def _topic_parts(topic: str) -> tuple[str, str, str]:
+    parts = topic.split("/")
+    if len(parts) != 3:
+        raise ValueError(f"a full topic name is tenant/namespace/topic: topic=`{topic}`")
+    return parts[0], parts[1], parts[2]
+
+
+def _part(shape: str, value: str | int) -> str:
+    if shape == NUMBER:
+        assert isinstance(value, int)
+        return number(value)
+    assert isinstance(value, str)
+    return _name(value)
+
+
+def _render(kind: KeyKind, values: tuple[str | int, ...]) -> str:
+    """The kind's parts up to the last value; all of them if the values are complete."""
+    parts: list[str] = []
+    used = 0
+    for shape in kind.value:
+        if shape not in (NAME, NUMBER):
+            parts.append(shape)
+        elif used < len(values):
+            parts.append(_part(shape, values[used]))
+            used += 1
+        else:
+            break
+    assert used == len(values), "more values than the kind has places"
+    return "/".join(parts)
+
+
+class Keyspace:
+    """Builds and parses the keys of one cluster. Builders raise ValueError for parts that no key can hold, parsers
+    UnknownKey for keys of another kind. Every `*_prefix` ends in `/` and matches nothing but whole parts."""
+
+    __slots__ = ("cluster", "root")
+
+    def __init__(self, cluster: str) -> None:
+        self.cluster = _name(cluster)
+        self.root = f"/magnetar/{cluster}/"
+
+    def __repr__(self) -> str:
+        return f"Keyspace({self.cluster!r})"
+
+    def _key(self, kind: KeyKind, *values: str | int) -> str:
+        return self.root + _render(kind, values)
+
+    def _prefix(self, kind: KeyKind, *values: str | int) -> str:
+        return self.root + _render(kind, values) + "/"
+
+    def parse(self, key: str) -> tuple[KeyKind, tuple[str | int, ...]]:
+        """The key's kind and the values of its names and numbers; raises UnknownKey."""
+        if key.startswith(self.root):
+            parts = key[len(self.root) :].split("/")
+            for kind in KeyKind:
+                values = _match(kind, parts)
+                if values is not None:
+                    return kind, values
+        raise UnknownKey(f"not a key of this cluster: cluster=`{self.cluster}` key=`{key}`")
+
+    def _values(self, kind: KeyKind, key: str) -> tuple[str | int, ...]:
+        values = _match(kind, key[len(self.root) :].split("/")) if key.startswith(self.root) else None
+        if values is None:
+            raise UnknownKey(f"not a key of this kind: kind=`{kind.name}` key=`{key}`")
+        return values
+
+    def _names(self, kind: KeyKind, key: str) -> tuple[str, ...]:
+        return tuple(value for value in self._values(kind, key) if isinstance(value, str))
+
+    def _numbers(self, kind: KeyKind, key: str) -> tuple[int, ...]:
+        return tuple(value for value in self._values(kind, key) if isinstance(value, int))
+
+    # The cluster.
+
+    def instance(self) -> str:
+        return self._key(KeyKind.INSTANCE)
+
+    def counter(self, name: str) -> str:
+        return self._key(KeyKind.COUNTER, name)
+
+    def parse_counter(self, key: str) -> str:
+        return self._names(KeyKind.COUNTER, key)[0]
+
+    def election(self, name: str) -> str:
+        return self._key(KeyKind.ELECTION, name)
+
+    def parse_election(self, key: str) -> str:
+        return self._names(KeyKind.ELECTION, key)[0]
+
+    # Topics. `topic` is always tenant/namespace/topic.
+
+    def topic(self, topic: str) -> str:
+        return self._key(KeyKind.TOPIC, *_topic_parts(topic))
+
+    def topics_prefix(self, tenant: str = "", namespace: str = "") -> str:
+        return self._prefix(KeyKind.TOPIC, *_given(tenant, namespace))
+
+    def parse_topic(self, key: str) -> str:
+        return "/".join(self._names(KeyKind.TOPIC, key))
+
+    def subscription(self, topic: str, name: str) -> str:
+        return self._key(KeyKind.SUBSCRIPTION, *_topic_parts(topic), name)
+
+    def subscriptions_prefix(self, topic: str) -> str:
+        return self._prefix(KeyKind.SUBSCRIPTION, *_topic_parts(topic))
+
+    def parse_subscription(self, key: str) -> tuple[str, str]:
+        """(topic, subscription)"""
+        *topic, name = self._names(KeyKind.SUBSCRIPTION, key)
+        return "/".join(topic), name
+
+    def producer(self, topic: str, name: str) -> str:
+        return self._key(KeyKind.PRODUCER, *_topic_parts(topic), name)
+
+    def producers_prefix(self, topic: str) -> str:
+        return self._prefix(KeyKind.PRODUCER, *_topic_parts(topic))
+
+    def parse_producer(self, key: str) -> tuple[str, str]:
+        """(topic, producer)"""
+        *topic, name = self._names(KeyKind.PRODUCER, key)
+        return "/".join(topic), name
+
+    # Shards and ledgers.
+
+    def shard(self, shard_id: int) -> str:
+        return self._key(KeyKind.SHARD, shard_id)
+
+    def shard_prefix(self, shard_id: int) -> str:
+        """The shard's record and the records of its ledgers that are not CLOSED."""
+        return self._prefix(KeyKind.SHARD, shard_id).removesuffix("record/")
+
+    def shards_prefix(self) -> str:
+        return self._prefix(KeyKind.SHARD)
+
+    def parse_shard(self, key: str) -> int:
+        return self._numbers(KeyKind.SHARD, key)[0]
+
+    def shard_ledger(self, shard_id: int, ledger_id: int) -> str:
+        return self._key(KeyKind.SHARD_LEDGER, shard_id, ledger_id)
+
+    def parse_shard_ledger(self, key: str) -> tuple[int, int]:
+        """(shard, ledger)"""
+        shard_id, ledger_id = self._numbers(KeyKind.SHARD_LEDGER, key)
+        return shard_id, ledger_id
+
+    def page(self, shard_id: int, page: int) -> str:
+        return self._key(KeyKind.PAGE, shard_id, page)
+
+    def pages_prefix(self, shard_id: int) -> str:
+        return self._prefix(KeyKind.PAGE, shard_id)
+
+    def parse_page(self, key: str) -> tuple[int, int]:
+        """(shard, page)"""
+        shard_id, page = self._numbers(KeyKind.PAGE, key)
+        return shard_id, page
+
+    def ledger(self, ledger_id: int) -> str:
+        return self._key(KeyKind.LEDGER, ledger_id)
+
+    def ledgers_prefix(self) -> str:
+        return self._prefix(KeyKind.LEDGER)
+
+    def parse_ledger(self, key: str) -> int:
+        return self._numbers(KeyKind.LEDGER, key)[0]
+
+    def index(self, bookie_id: str, ledger_id: int) -> str:
+        return self._key(KeyKind.INDEX, bookie_id, ledger_id)
+
+    def index_prefix(self, bookie_id: str = "") -> str:
+        return self._prefix(KeyKind.INDEX, *_given(bookie_id))
+
+    def parse_index(self, key: str) -> tuple[str, int]:
+        """(bookie, ledger)"""
+        return self._names(KeyKind.INDEX, key)[0], self._numbers(KeyKind.INDEX, key)[0]
+
+    # Servers.
+
+    def broker(self, broker_id: str) -> str:
+        return self._key(KeyKind.BROKER, broker_id)
+
+    def brokers_prefix(self) -> str:
+        return self._prefix(KeyKind.BROKER)
+
+    def parse_broker(self, key: str) -> str:
+        return self._names(KeyKind.BROKER, key)[0]
+
+    def bookie(self, bookie_id: str) -> str:
+        return self._key(KeyKind.BOOKIE, bookie_id)
+
+    def bookies_prefix(self) -> str:
+        return self._prefix(KeyKind.BOOKIE)
+
+    def parse_bookie(self, key: str) -> str:
+        return self._names(KeyKind.BOOKIE, key)[0]
+
+    def cookie(self, bookie_id: str) -> str:
+        return self._key(KeyKind.COOKIE, bookie_id)
+
+    def cookies_prefix(self) -> str:
+        return self._prefix(KeyKind.COOKIE)
+
+    def parse_cookie(self, key: str) -> str:
+        return self._names(KeyKind.COOKIE, key)[0]
+
+    def owned(self, owner: Owner, shard_id: int) -> str:
+        return self._key(KeyKind.OWNED, owner.broker_id, owner.session, shard_id)
+
+    def owned_prefix(self, owner: Owner | None = None, *, broker_id: str = "") -> str:
+        """What one session owns; with `broker_id` all sessions of that broker; else all sessions."""
+        if owner is not None:
+            return self._prefix(KeyKind.OWNED, owner.broker_id, owner.session)
+        return self._prefix(KeyKind.OWNED, *_given(broker_id))
+
+    def parse_owned(self, key: str) -> tuple[Owner, int]:
+        """(owner, shard)"""
+        session, shard_id = self._numbers(KeyKind.OWNED, key)
+        return Owner(self._names(KeyKind.OWNED, key)[0], session), shard_id
+
+
+def _given(*names: str) -> tuple[str, ...]:
+    """The leading names that are not empty; a later one without the one before it is a mistake."""
+    kept = tuple(name for name in names if name)
+    if kept != names[: len(kept)]:
+        raise ValueError(f"a part of a prefix is missing: parts=`{names}`")
+    return kept
+
+
+def _match(kind: KeyKind, parts: list[str]) -> tuple[str | int, ...] | None:
+    if len(parts) != len(kind.value):
+        return None
+    values: list[str | int] = []
+    for shape, part in zip(kind.value, parts, strict=True):
+        if shape == NAME:
+            if not part:
+                return None
+            values.append(part)
+        elif shape == NUMBER:
+            if not _is_number(part):
+                return None
+            values.append(int(part, 16))
+        elif shape != part:
+            return None
+    return tuple(values)

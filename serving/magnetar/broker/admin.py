@@ -1,0 +1,386 @@
+"""The admin service: topics, subscriptions, ledgers, health.
+
+What an owner alone knows is answered for the shards that this broker serves, or may take over; of a shard that another
+living broker serves, what its records say.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
+from typing import Any, Protocol, TypeVar
+
+from magnetar.broker.describe import Records, describe_shard, is_settled, ledger_description
+from magnetar.broker.health import Findings
+from magnetar.broker.layout import even_ranges, shard_of
+from magnetar.broker.refusals import checked_name, subscription_not_found, topic_name
+from magnetar.broker.shard import ServedShard
+from magnetar.broker.topics import Topics
+from magnetar.ledger.bookie_rpc import Bookies
+from magnetar.metadata.codec import decode_broker, start_position_from_message
+from magnetar.metadata.keyspace import Keyspace
+from magnetar.metadata.records import (
+    LedgerRecord,
+    Owner,
+    ShardRecord,
+    StartPosition,
+    SubscriptionRecord,
+    SubscriptionType,
+    TopicRecord,
+)
+from magnetar.metadata.store import MetadataStore
+from magnetar.node.rpc import Context, Refused, invalid_argument, parse
+from magnetar.node.settings import BrokerSettings
+from magnetar.v1 import admin_pb2 as pb
+from magnetar.v1 import common_pb2, metadata_pb2
+
+PAGE_MAX = 1_000
+"""Names or ledgers of one answer."""
+SHARDS_AT_ONCE = 16
+
+T = TypeVar("T")
+
+
+class AdministeredBroker(Protocol):
+    """What the service needs of its broker."""
+
+    settings: BrokerSettings
+    topics: Topics
+
+    async def shard(self, topic: str, shard_id: int) -> ServedShard: ...
+    async def delete_topic(self, topic: str) -> None: ...
+
+
+class Admin:
+    def __init__(
+        self,
+        broker: AdministeredBroker,
+        store: MetadataStore,
+        keyspace: Keyspace,
+        bookies: Bookies,
+        now_us: Callable[[], int],
+    ) -> None:
+        self._broker = broker
+        self._topics = broker.topics
+        self._bookies = bookies
+        self._keyspace = keyspace
+        self._now_us = now_us
+        self._records = Records(store, keyspace)
+
+    def methods(self) -> Mapping[str, Callable[[bytes, Context], Awaitable[bytes]]]:
+        return {
+            "CreateTopic": self.create_topic,
+            "ListTopics": self.list_topics,
+            "DescribeTopic": self.describe_topic,
+            "DeleteTopic": self.delete_topic,
+            "CreateSubscription": self.create_subscription,
+            "ListSubscriptions": self.list_subscriptions,
+            "DescribeSubscription": self.describe_subscription,
+            "SeekSubscription": self.seek_subscription,
+            "DeleteSubscription": self.delete_subscription,
+            "ListLedgers": self.list_ledgers,
+            "DescribeLedger": self.describe_ledger,
+            "ClusterHealth": self.cluster_health,
+        }
+
+    # --- topics ---
+
+    async def create_topic(self, data: bytes, _context: Context) -> bytes:
+        request = parse(pb.CreateTopicRequest, data)
+        topic = topic_name(request.topic)
+        if request.dry_run:
+            await self._topics.check_creatable(topic, request.shards)
+            shards = [
+                pb.ShardDescription(first_slot=first, last_slot=last, state=metadata_pb2.SHARD_STATE_OPEN)
+                for first, last in even_ranges(request.shards)
+            ]
+            planned = pb.TopicDescription(topic=topic, epoch=1, shards=shards)
+            return pb.CreateTopicResponse(topic=planned).SerializeToString()
+        record = await self._topics.create(topic, request.shards)
+        return pb.CreateTopicResponse(topic=await self._describe(record)).SerializeToString()
+
+    async def list_topics(self, data: bytes, _context: Context) -> bytes:
+        request = parse(pb.ListTopicsRequest, data)
+        names, more = await self._topics.page(request.prefix, request.after, _page_size(request.limit))
+        return pb.ListTopicsResponse(topics=names, more=more).SerializeToString()
+
+    async def describe_topic(self, data: bytes, _context: Context) -> bytes:
+        request = parse(pb.DescribeTopicRequest, data)
+        record = await self._topics.get(topic_name(request.topic))
+        return pb.DescribeTopicResponse(topic=await self._describe(record)).SerializeToString()
+
+    async def delete_topic(self, data: bytes, _context: Context) -> bytes:
+        request = parse(pb.DeleteTopicRequest, data)
+        topic = topic_name(request.topic)
+        record = await self._topics.marked(topic) or await self._topics.get(topic)
+        shards = [shard for shard in await self._shards_as_recorded(record) if shard is not None]
+        if not request.dry_run:
+            await self._broker.delete_topic(topic)
+        segments = [segment for shard in shards for segment in shard.segments]
+        return pb.DeleteTopicResponse(
+            shards=len(shards),
+            messages=sum(segment.messages for segment in segments),
+            bytes=sum(segment.bytes for segment in segments),
+        ).SerializeToString()
+
+    async def _describe(self, record: TopicRecord) -> pb.TopicDescription:
+        shards = await _gather(self._describe_shard(record.topic, shard.shard_id) for shard in record.shards)
+        subscriptions = await self._topics.subscriptions(record.topic)
+        return pb.TopicDescription(
+            topic=record.topic,
+            epoch=record.layout_epoch,
+            shards=[shard for shard in shards if shard is not None],
+            subscriptions=[subscription.name for subscription in subscriptions],
+        )
+
+    async def _describe_shard(self, topic: str, shard_id: int) -> pb.ShardDescription | None:
+        metadata = await self._records.shard(shard_id)
+        if metadata is not None and not is_settled(metadata):
+            served = await self._here(topic, shard_id)
+            # Taking it over may have closed ledgers.
+            metadata = await self._records.shard(shard_id)
+        else:
+            served = None
+        return None if metadata is None else await describe_shard(metadata, served)
+
+    async def _shards_as_recorded(self, record: TopicRecord) -> list[pb.ShardDescription | None]:
+        async def one(shard_id: int) -> pb.ShardDescription | None:
+            metadata = await self._records.shard(shard_id)
+            return None if metadata is None else await describe_shard(metadata, None)
+
+        return await _gather(one(shard.shard_id) for shard in record.shards)
+
+    async def _here(self, topic: str, shard_id: int) -> ServedShard | None:
+        """The shard if this broker serves it or may; None if another one does, or it cannot be opened now."""
+        try:
+            return await self._broker.shard(topic, shard_id)
+        except Refused as refused:
+            if refused.reason in (common_pb2.ERROR_REASON_NOT_OWNER, common_pb2.ERROR_REASON_UNAVAILABLE):
+                return None
+            raise
+
+    # --- subscriptions ---
+
+    async def create_subscription(self, data: bytes, _context: Context) -> bytes:
+        request = parse(pb.CreateSubscriptionRequest, data)
+        topic, name = topic_name(request.topic), checked_name("subscription", request.subscription)
+        kind = _subscription_type(request.type)
+        await self._topics.create_subscription(topic, name, kind, start_position_from_message(request.start))
+        # From now on every shard keeps what the subscription has not seen. Other brokers are told by their watch.
+        for shard in await self._shards_here(topic):
+            if shard is not None:
+                await shard.subscription_changed(name)
+        return pb.CreateSubscriptionResponse().SerializeToString()
+
+    async def list_subscriptions(self, data: bytes, _context: Context) -> bytes:
+        topic = topic_name(parse(pb.ListSubscriptionsRequest, data).topic)
+        shards = await self._shards_here(topic)
+        response = pb.ListSubscriptionsResponse()
+        for record in await self._topics.subscriptions(topic):
+            described = self._described(record, shards)
+            response.subscriptions.add(
+                subscription=record.name,
+                type=described.type,
+                backlog_messages=described.backlog_messages,
+                consumers=len({consumer.consumer for consumer in described.consumers}),
+            )
+        return response.SerializeToString()
+
+    async def describe_subscription(self, data: bytes, _context: Context) -> bytes:
+        request = parse(pb.DescribeSubscriptionRequest, data)
+        topic, name = topic_name(request.topic), checked_name("subscription", request.subscription)
+        record = await self._subscription(topic, name)
+        shards = await self._shards_here(topic)
+        described = self._described(record, shards)
+        described.oldest_age_s = await self._oldest_age_s(name, shards)
+        return pb.DescribeSubscriptionResponse(subscription=described).SerializeToString()
+
+    async def seek_subscription(self, data: bytes, _context: Context) -> bytes:
+        request = parse(pb.SeekSubscriptionRequest, data)
+        topic, name = topic_name(request.topic), checked_name("subscription", request.subscription)
+        if request.position.WhichOneof("position") is None:
+            raise invalid_argument("a seek needs a position: earliest, latest, an offset or a time")
+        position = start_position_from_message(request.position)
+        record = await self._subscription(topic, name)
+        layout = await self._topics.get(topic)
+        if request.shard_id and shard_of(layout, request.shard_id) is None:
+            raise invalid_argument(f"the topic has no such shard topic=`{topic}` shard=`{request.shard_id}`")
+        wanted = [request.shard_id] if request.shard_id else [shard.shard_id for shard in layout.shards]
+        # All of them or none: a shard of another broker is refused before any cursor moves.
+        shards = await _gather(self._broker.shard(topic, shard_id) for shard_id in wanted)
+        response = pb.SeekSubscriptionResponse()
+        for shard in shards:
+            floor = await self._seek(shard, record, position, request.dry_run)
+            response.shards.append(_cursor_at(shard, floor))
+        return response.SerializeToString()
+
+    async def delete_subscription(self, data: bytes, _context: Context) -> bytes:
+        request = parse(pb.DeleteSubscriptionRequest, data)
+        topic, name = topic_name(request.topic), checked_name("subscription", request.subscription)
+        record = await self._subscription(topic, name)
+        shards = await self._shards_here(topic)
+        backlog = self._described(record, shards).backlog_messages
+        if not request.dry_run:
+            await self._topics.delete_subscription(topic, name)
+            for shard in shards:
+                if shard is not None:
+                    await shard.subscription_changed(name)
+        return pb.DeleteSubscriptionResponse(backlog_messages=backlog).SerializeToString()
+
+    async def _subscription(self, topic: str, name: str) -> SubscriptionRecord:
+        await self._topics.get(topic)
+        record = await self._topics.subscription(topic, name)
+        if record is None:
+            raise subscription_not_found(topic, name)
+        return record
+
+    async def _shards_here(self, topic: str) -> list[ServedShard | None]:
+        """Each shard of the topic, None for one that another broker serves."""
+        record = await self._topics.get(topic)
+        return await _gather(self._here(topic, shard.shard_id) for shard in record.shards)
+
+    async def _seek(
+        self, shard: ServedShard, record: SubscriptionRecord, position: StartPosition, dry_run: bool
+    ) -> int:
+        floor = await shard.position(position)
+        if not dry_run:
+            await shard.seek(record, floor)
+        return floor
+
+    def _described(
+        self, record: SubscriptionRecord, shards: Iterable[ServedShard | None]
+    ) -> pb.SubscriptionDescription:
+        kind: metadata_pb2.SubscriptionType = record.type.value  # type: ignore[assignment]  # same numbers
+        description = pb.SubscriptionDescription(subscription=record.name, type=kind)
+        for shard in shards:
+            if shard is None:
+                description.waiting_for.append("a shard is served by another broker: ask that one")
+            else:
+                _describe_in(description, shard)
+        description.backlog_messages = sum(cursor.backlog_messages for cursor in description.shards)
+        description.backlog_bytes = sum(cursor.backlog_bytes for cursor in description.shards)
+        return description
+
+    async def _oldest_age_s(self, name: str, shards: Iterable[ServedShard | None]) -> float:
+        """Of the oldest message that is not acknowledged."""
+        oldest_us = []
+        for shard in shards:
+            cursor = None if shard is None else shard.log.cursors.get(name)
+            if shard is not None and cursor is not None and cursor.backlog(shard.log.end_offset):
+                first = max(cursor.next_unacked(cursor.floor), shard.log.start_offset)
+                if first < shard.log.end_offset:
+                    oldest_us.append(await shard.log.publish_time_of(first))
+        return max(0.0, (self._now_us() - min(oldest_us)) / 1e6) if oldest_us else 0.0
+
+    # --- ledgers and health ---
+
+    async def list_ledgers(self, data: bytes, _context: Context) -> bytes:
+        request = parse(pb.AdminServiceListLedgersRequest, data)
+        limit = _page_size(request.limit)
+        if request.topic:
+            topic = topic_name(request.topic)
+            found = await self._ledgers_of_topic(await self._topics.get(topic), request.after)
+        else:
+            found = await self._records.ledgers(request.after, limit + 1)
+        return pb.AdminServiceListLedgersResponse(
+            ledgers=[ledger_description(ledger, topic) for ledger, topic in found[:limit]], more=len(found) > limit
+        ).SerializeToString()
+
+    async def _ledgers_of_topic(self, record: TopicRecord, after: int) -> list[tuple[LedgerRecord, str]]:
+        async def of_shard(shard_id: int) -> list[LedgerRecord]:
+            metadata = await self._records.shard(shard_id)
+            return [] if metadata is None else await self._records.ledgers_of_shard(metadata)
+
+        shards = await _gather(of_shard(shard.shard_id) for shard in record.shards)
+        ledgers = [ledger for shard in shards for ledger in shard if ledger.ledger_id > after]
+        return [(ledger, record.topic) for ledger in sorted(ledgers, key=lambda ledger: ledger.ledger_id)]
+
+    async def describe_ledger(self, data: bytes, _context: Context) -> bytes:
+        ledger_id = parse(pb.DescribeLedgerRequest, data).ledger_id
+        found = await self._records.ledger(ledger_id)
+        if found is None:
+            raise Refused(
+                common_pb2.ERROR_REASON_LEDGER_NOT_FOUND,
+                f"the ledger does not exist: it may have been trimmed ledger=`{ledger_id}`",
+            )
+        return pb.DescribeLedgerResponse(ledger=ledger_description(*found)).SerializeToString()
+
+    async def cluster_health(self, data: bytes, _context: Context) -> bytes:
+        parse(pb.ClusterHealthRequest, data)
+        sessions = set()
+        async for item in self._records.under(self._keyspace.brokers_prefix()):
+            sessions.add(Owner(decode_broker(item.value).broker_id, item.create_revision))
+        bookies = {bookie.bookie_id: bookie for bookie in self._bookies.registered()}
+        findings = Findings(bookies, sessions)
+        async for record in self._records.shards():
+            if isinstance(record, ShardRecord):
+                findings.shard(record)
+            else:
+                findings.ledger(record)
+        async for ledger in self._records.closed_ledgers():
+            findings.ledger(ledger)
+        problems = findings.problems(self._broker.settings.ensemble_size)
+        return pb.ClusterHealthResponse(
+            healthy=not problems,
+            brokers=len(sessions),
+            bookies=len(bookies),
+            under_replicated_ledgers=findings.under_replicated,
+            unavailable_shards=findings.unavailable_shards,
+            problems=problems,
+        ).SerializeToString()
+
+
+def _describe_in(description: pb.SubscriptionDescription, shard: ServedShard) -> None:
+    """Adds what one shard knows of the subscription."""
+    name = description.subscription
+    cursor = shard.log.cursors.get(name)
+    if cursor is None:
+        return
+    place = _cursor_at(shard, cursor.floor)
+    place.acked_above_floor = cursor.acked_above
+    place.backlog_messages = cursor.backlog(place.end_offset)
+    served = shard.subscriptions.get(name)
+    if served is None:
+        if place.backlog_messages:
+            description.waiting_for.append(f"shard {shard.shard_id}: no consumer is attached")
+    else:
+        facts = served.describe()
+        place.unacked_messages = facts.unacked_messages
+        description.consumers.extend(facts.consumers)
+        description.waiting_for.extend(facts.waiting_for)
+    description.shards.append(place)
+
+
+def _cursor_at(shard: ServedShard, floor: int) -> pb.CursorDescription:
+    end_offset = shard.log.end_offset
+    return pb.CursorDescription(
+        shard_id=shard.shard_id,
+        floor=floor,
+        end_offset=end_offset,
+        backlog_messages=max(0, end_offset - floor),
+        backlog_bytes=shard.log.backlog_bytes(floor),
+    )
+
+
+def _subscription_type(value: int) -> SubscriptionType:
+    try:
+        return SubscriptionType(value)
+    except ValueError:
+        raise invalid_argument(f"unknown type of subscription type=`{value}`") from None
+
+
+def _page_size(limit: int) -> int:
+    if limit > PAGE_MAX:
+        raise invalid_argument(f"a page has at most {PAGE_MAX} items: ask for the next one after it limit=`{limit}`")
+    return limit or PAGE_MAX
+
+
+async def _gather(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """All results in order, SHARDS_AT_ONCE at a time."""
+    slots = asyncio.Semaphore(SHARDS_AT_ONCE)
+
+    async def bounded(one: Coroutine[Any, Any, T]) -> T:
+        async with slots:
+            return await one
+
+    return await asyncio.gather(*(bounded(one) for one in work))

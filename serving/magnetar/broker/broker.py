@@ -1,0 +1,441 @@
+"""A broker: its parts put together, started and stopped in order.
+
+It keeps nothing on disk. It listens first (only then its port is known), registers its session, and serves from then
+on; before, every request is told to come again. Stopping gives up every shard, answering what was accepted, before the
+session ends, so that the next owners have nothing to recover.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import random
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, Self
+
+import structlog
+from prometheus_client import CollectorRegistry
+
+from magnetar.broker.admin import Admin
+from magnetar.broker.budget import ByteBudget
+from magnetar.broker.cluster_view import ClusterView
+from magnetar.broker.consume import consume
+from magnetar.broker.greeting import greet
+from magnetar.broker.layout import shard_of
+from magnetar.broker.metrics import BrokerMetrics
+from magnetar.broker.ownership import Ownership
+from magnetar.broker.produce import ProduceStream
+from magnetar.broker.refusals import RETRY_AFTER_MS, not_owner, refusal_of
+from magnetar.broker.resolve import Resolver
+from magnetar.broker.served import LogParts, ServedShards
+from magnetar.broker.shard import ServedShard
+from magnetar.broker.topics import Topics
+from magnetar.ledger.bookie_rpc import Bookies
+from magnetar.ledger.client import LedgerClient, LedgerSettings
+from magnetar.managed_log.cache import ReadCache
+from magnetar.managed_log.settings import LogSettings
+from magnetar.metadata.ids import IdBlocks
+from magnetar.metadata.keyspace import Keyspace
+from magnetar.metadata.records import BrokerRegistration, Owner, SubscriptionRecord, TopicRecord
+from magnetar.metadata.shards import ShardNotFound
+from magnetar.metadata.store import MetadataStore
+from magnetar.node.rpc import Context, Refused, RunningServer, ServerStream, Service, serve, unavailable
+from magnetar.node.settings import BrokerSettings
+from magnetar.v1 import admin_pb2, broker_pb2, common_pb2
+
+FORGET_INTERVAL_S = 60.0
+SWEEP_INTERVAL_S = 60.0
+DOUBT_INTERVAL_S = 2.0
+SWEEP_OPENINGS_MAX = 8
+"""Shards of ended sessions opened at a time; what clients ask for is opened at once."""
+STOP_GRACE_S = 0.5
+GOING_TOPICS_MAX = 10_000
+"""Topics seen being deleted that this broker remembers, to go on with what another one began."""
+
+log = structlog.get_logger("magnetar.broker")
+
+
+def system_time_us() -> int:
+    return time.time_ns() // 1_000
+
+
+class Broker:
+    """`port` is the one it listens on, `address` where clients and other brokers reach it."""
+
+    @classmethod
+    async def start(
+        cls,
+        settings: BrokerSettings,
+        store: MetadataStore,
+        keyspace: Keyspace,
+        bookies: Bookies,
+        *,
+        registry: CollectorRegistry | None = None,
+        now_us: Callable[[], int] = system_time_us,
+        rng: random.Random | None = None,
+    ) -> Self:
+        """Serves on return. Raises ListenError, IdInUse, MetadataError."""
+        broker = cls(
+            settings, store, keyspace, bookies, registry or CollectorRegistry(), now_us, rng or random.Random()
+        )
+        try:
+            await broker._start()
+        except BaseException:
+            await broker.stop()
+            raise
+        return broker
+
+    def __init__(
+        self,
+        settings: BrokerSettings,
+        store: MetadataStore,
+        keyspace: Keyspace,
+        bookies: Bookies,
+        registry: CollectorRegistry,
+        now_us: Callable[[], int],
+        rng: random.Random,
+    ) -> None:
+        self.settings = settings
+        self.max_message_bytes = settings.max_message_bytes
+        self.port = 0
+        self.address = settings.advertised_address
+        self.metrics = BrokerMetrics(registry)
+        self.budget = ByteBudget(settings.pending_bytes)
+        self.view = ClusterView(store, keyspace)
+        ids = IdBlocks(store, keyspace)
+        self.topics = Topics(store, keyspace, ids, now_us)
+        self.ownership = Ownership(
+            store,
+            keyspace,
+            self.view,
+            settings.id,
+            settings.lease_s,
+            on_session=self._session_began,
+            on_lost=self._session_lost,
+        )
+        ledgers = LedgerClient(bookies, now_us=now_us, rng=rng, settings=_ledger_settings(settings))
+        parts = LogParts(ledgers, ids, ReadCache(settings.cache_bytes), _log_settings(settings), now_us)
+        self.served = ServedShards(
+            self.ownership, self.topics, parts, self.metrics, self.budget, settings.pending_bytes, self._address_of
+        )
+        self._resolver = Resolver(self.topics, self.ownership, self._owner_address)
+        self._admin = Admin(self, store, keyspace, bookies, now_us)
+        self._openings = itertools.count(1)
+        self._streams = 0
+        self._going: dict[str, None] = {}
+        self._sweep_wanted = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._server: RunningServer | None = None
+        self._serving = False
+
+    # --- start and stop ---
+
+    async def _start(self) -> None:
+        self._listen_to_changes()
+        self._server = await serve(self._services(), self.settings.listen)
+        self.port = self._server.port
+        self.address = self.address or f"{self.settings.listen.rpartition(':')[0]}:{self.port}"
+        await self.ownership.register(BrokerRegistration(self.settings.id, self.address, _version()))
+        await self.view.start()
+        await self.topics.start()
+        self._serving = True
+        self._spawn(self._trim_loop(), "trim")
+        self._spawn(self._forget_loop(), "forget producers")
+        self._spawn(self._doubt_loop(), "doubt")
+        self._spawn(self._sweep_loop(), "sweep")
+        log.info("broker serves", broker=self.settings.id, address=self.address)
+
+    async def stop(self) -> None:
+        """Answers what was accepted, gives up every shard, ends the session. Call once, also after a failed start."""
+        self._serving = False
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self.served.close()
+        if self._server is not None:
+            await self._server.stop(STOP_GRACE_S)
+        await self.ownership.close()
+        await self.topics.close()
+        await self.view.close()
+
+    def problems(self) -> list[str]:
+        """What keeps this broker from being ready, in words; empty = it is."""
+        if not self._serving:
+            return [f"broker {self.settings.id} is starting or stopping"]
+        if self.ownership.session is None:
+            return [f"broker {self.settings.id} has no session: the metadata store does not answer"]
+        return []
+
+    def _listen_to_changes(self) -> None:
+        self.metrics.watch(pending_bytes=lambda: self.budget.used_bytes, served_shards=lambda: len(self.served))
+        self.view.on_owner_change(self._owners_changed)
+        self.topics.on_topic.append(self._topic_changed)
+        self.topics.on_subscription.append(self._subscription_changed)
+        self.topics.on_gap.append(self._changes_missed)
+
+    # --- what streams and calls use ---
+
+    async def shard(self, topic: str, shard_id: int) -> ServedShard:
+        """The shard of this topic, served here from now on.
+
+        Raises Refused: NOT_OWNER with the address of its broker, UNAVAILABLE, TOPIC_NOT_FOUND.
+        """
+        shard = self.served.get(shard_id)
+        if shard is not None and shard.topic == topic:
+            return shard
+        if shard_of(await self.topics.get(topic), shard_id) is None:
+            raise not_owner(shard_id, why="the topic has no such shard")
+        try:
+            return await self.served.open(shard_id)
+        except ShardNotFound:
+            raise not_owner(shard_id, why="the shard does not exist any more") from None
+
+    async def producer_epoch(self, topic: str, name: str) -> int:
+        return await self.topics.producer_epoch(topic, name)
+
+    def greet(self, hello: common_pb2.Hello) -> common_pb2.HelloReply:
+        return greet(
+            hello,
+            node_id=self.settings.id,
+            cluster=self.settings.cluster,
+            max_message_bytes=self.max_message_bytes,
+        )
+
+    def next_opening(self) -> int:
+        return next(self._openings)
+
+    async def delete_topic(self, topic: str) -> None:
+        """Deletes a topic with all it has; again after a failure goes on where that one ended.
+
+        Raises Refused(TOPIC_NOT_FOUND), or UNAVAILABLE while another broker still deletes a shard that it serves.
+        """
+        await self._delete_marked(await self.topics.mark_deleting(topic))
+
+    async def _delete_marked(self, record: TopicRecord) -> None:
+        for shard in record.shards:
+            with suppress_reason(common_pb2.ERROR_REASON_NOT_OWNER):
+                await self.served.delete(shard.shard_id)
+        await self.topics.finish_deleting(record.topic)
+
+    async def _resume_deleting(self, topic: str) -> None:
+        """Only what is still marked: by now the name may be a new topic's."""
+        record = await self.topics.marked(topic)
+        if record is None:
+            self._going.pop(topic, None)
+        else:
+            await self._delete_marked(record)
+
+    # --- requests ---
+
+    def _services(self) -> list[Service]:
+        resolver, admin = self._resolver, self._admin
+        broker_methods = {
+            "Resolve": self._unary(resolver.resolve),
+            "RegisterProducer": self._unary(resolver.register_producer),
+            "WatchLayout": self._answering(resolver.watch_layout),
+            "Produce": self._streaming("produce", self._produce),
+            "Consume": self._streaming("consume", self._consume),
+        }
+        admin_methods = {name: self._unary(method) for name, method in admin.methods().items()}
+        return [
+            Service(broker_pb2.DESCRIPTOR.services_by_name["BrokerService"], broker_methods),
+            Service(admin_pb2.DESCRIPTOR.services_by_name["AdminService"], admin_methods),
+        ]
+
+    async def _produce(self, stream: ServerStream) -> None:
+        await ProduceStream(stream, self).run()
+
+    async def _consume(self, stream: ServerStream) -> None:
+        await consume(stream, self)
+
+    def _unary(
+        self, handler: Callable[[bytes, Context], Awaitable[bytes]]
+    ) -> Callable[[bytes, Context], Awaitable[bytes]]:
+        async def call(data: bytes, context: Context) -> bytes:
+            with self._translating():
+                return await handler(data, context)
+
+        return call
+
+    def _answering(
+        self, handler: Callable[[bytes, ServerStream], Awaitable[None]]
+    ) -> Callable[[bytes, ServerStream], Awaitable[None]]:
+        async def call(data: bytes, stream: ServerStream) -> None:
+            with self._translating(), self.metrics.stream("watch_layout"):
+                await handler(data, stream)
+
+        return call
+
+    def _streaming(
+        self, kind: str, handler: Callable[[ServerStream], Awaitable[None]]
+    ) -> Callable[[ServerStream], Awaitable[None]]:
+        async def call(stream: ServerStream) -> None:
+            with self._translating(), self.metrics.stream(kind):
+                await handler(stream)
+
+        return call
+
+    @contextmanager
+    def _translating(self) -> Iterator[None]:
+        """Operating errors become refusals, and refusals are counted."""
+        try:
+            if not self._serving:
+                raise unavailable("the broker is starting or stopping: ask another one", retry_after_ms=RETRY_AFTER_MS)
+            yield
+        except Exception as error:
+            refused = refusal_of(error)
+            if refused is None:
+                raise
+            self.metrics.refused(refused.reason)
+            raise refused from error
+
+    # --- what the watches and the session say ---
+
+    def _session_began(self, session: Owner) -> None:
+        self._spawn(self.served.renew(session), "renew session")
+        self._sweep_wanted.set()
+
+    def _session_lost(self) -> None:
+        self._resolver.everything_changed()
+
+    def _owners_changed(self, shards: Iterable[int]) -> None:
+        self._resolver.owners_changed(shards)
+        if any(self.view.orphaned(shard) for shard in shards):
+            self._sweep_wanted.set()
+
+    def _topic_changed(self, topic: str, record: TopicRecord | None) -> None:
+        self._resolver.topic_changed(topic)
+        if record is None:
+            self._going.pop(topic, None)
+        elif record.deleting:
+            self._remember_going(topic)
+            for shard in self.served.of_topic(topic):
+                self._spawn(self.served.delete(shard.shard_id), "delete shard")
+
+    def _remember_going(self, topic: str) -> None:
+        if len(self._going) < GOING_TOPICS_MAX:
+            self._going[topic] = None
+
+    def _subscription_changed(self, topic: str, name: str, _record: SubscriptionRecord | None) -> None:
+        for shard in self.served.of_topic(topic):
+            self._spawn(shard.subscription_changed(name), "subscription changed")
+
+    def _changes_missed(self) -> None:
+        self._resolver.everything_changed()
+        if len(self.served):
+            self._spawn(self._catch_up(), "catch up")
+
+    async def _catch_up(self) -> None:
+        """Topics may have begun to go, and subscriptions have come and gone, unseen."""
+        for shard in self.served:
+            if await self.topics.marked(shard.topic) is not None:
+                self._remember_going(shard.topic)
+                self._sweep_wanted.set()
+            else:
+                await shard.adopt(await self.topics.subscriptions(shard.topic))
+
+    def _address_of(self, owner: Owner) -> str:
+        living = self.view.living(owner)
+        return "" if living is None else living.address
+
+    def _owner_address(self, shard_id: int) -> str:
+        return self.address if self.served.get(shard_id) is not None else self.view.address(shard_id)
+
+    # --- in the background ---
+
+    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        task = asyncio.create_task(self._run(work, name), name=f"{self.settings.id} {name}")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _run(self, work: Awaitable[None], name: str) -> None:
+        try:
+            await work
+        except Exception as error:
+            if refusal_of(error) is not None:
+                log.warning("background work failed", work=name, problem=str(error))
+            else:
+                log.exception("background work failed", work=name)
+
+    async def _trim_loop(self) -> None:
+        while True:
+            await asyncio.sleep(self.settings.trim_interval_s)
+            await self.served.trim()
+
+    async def _doubt_loop(self) -> None:
+        """Without a session this broker may have been replaced without hearing of it."""
+        while True:
+            await asyncio.sleep(DOUBT_INTERVAL_S)
+            if self.ownership.session is None:
+                await self.served.release_fenced()
+
+    async def _forget_loop(self) -> None:
+        while True:
+            await asyncio.sleep(FORGET_INTERVAL_S)
+            for shard in self.served:
+                shard.forget_producers()
+                await asyncio.sleep(0)  # A large table takes a while: let others run between two.
+
+    async def _sweep_loop(self) -> None:
+        async for record in self.topics.all():
+            if record.deleting:
+                self._remember_going(record.topic)
+        self._sweep_wanted.set()
+        while True:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(SWEEP_INTERVAL_S):
+                    await self._sweep_wanted.wait()
+            self._sweep_wanted.clear()
+            await self.sweep()
+
+    async def sweep(self) -> None:
+        """Takes over shards whose owner is gone, opens those a claim left behind, goes on with topics being deleted."""
+        if self.ownership.session is None:
+            return
+        unserved = {shard_id for shard_id in self.ownership.mine() if self.served.get(shard_id) is None}
+        slots = asyncio.Semaphore(SWEEP_OPENINGS_MAX)
+
+        async def open_one(shard_id: int) -> None:
+            async with slots:
+                with suppress(ShardNotFound):
+                    await self.served.open(shard_id)
+
+        await asyncio.gather(*(self._run(open_one(s), "sweep shard") for s in {*unserved, *self.ownership.ended()}))
+        for topic in list(self._going):
+            await self._run(self._resume_deleting(topic), "delete topic")
+
+
+@contextmanager
+def suppress_reason(reason: common_pb2.ErrorReason) -> Iterator[None]:
+    try:
+        yield
+    except Refused as refused:
+        if refused.reason != reason:
+            raise
+
+
+def _ledger_settings(settings: BrokerSettings) -> LedgerSettings:
+    return LedgerSettings(
+        ensemble_size=settings.ensemble_size,
+        write_quorum=settings.write_quorum,
+        ack_quorum=settings.ack_quorum,
+    )
+
+
+def _log_settings(settings: BrokerSettings) -> LogSettings:
+    return LogSettings(
+        segment_bytes=settings.segment_bytes,
+        segment_s=settings.segment_s,
+        retention_unsubscribed_s=settings.retention_unsubscribed_s,
+    )
+
+
+def _version() -> str:
+    try:
+        return version("magnetar")
+    except PackageNotFoundError:
+        return ""

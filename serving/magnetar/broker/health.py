@@ -1,0 +1,89 @@
+"""The state of a cluster, judged by its records: which ledgers miss a bookie, which shards nobody can serve.
+
+A bookie without a session counts as missing. That is not yet a loss: it may come back, or be replaced.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+
+from magnetar.metadata.records import VACANT, BookieRegistration, BookieState, LedgerRecord, Owner, ShardRecord
+
+NAMED_PROBLEMS_MAX = 20
+"""Of one kind named one by one; the rest is counted."""
+
+
+@dataclass(slots=True)
+class Findings:
+    """Takes all records of a cluster, one by one. `bookies` and `sessions` are those that live."""
+
+    bookies: Mapping[str, BookieRegistration]
+    sessions: Collection[Owner]
+    under_replicated: int = 0
+    vacant: int = 0
+    lost_bookies: Counter[str] = field(default_factory=Counter)
+    orphans: dict[str, set[int]] = field(default_factory=dict)
+    unreadable: dict[int, set[int]] = field(default_factory=dict)
+
+    def ledger(self, record: LedgerRecord) -> None:
+        missing = {bookie for bookie in record.bookies() if bookie not in self.bookies}
+        vacant = any(bookie == VACANT for fragment in record.fragments for bookie in fragment.bookies)
+        self.lost_bookies.update(missing)
+        self.vacant += vacant
+        self.under_replicated += bool(missing) or vacant
+        if any(not any(bookie in self.bookies for bookie in fragment.bookies) for fragment in record.fragments):
+            self.unreadable.setdefault(record.shard_id, set()).add(record.ledger_id)
+
+    def shard(self, record: ShardRecord) -> None:
+        if record.owner is not None and record.owner not in self.sessions:
+            self.orphans.setdefault(record.owner.broker_id, set()).add(record.shard_id)
+
+    @property
+    def unavailable_shards(self) -> int:
+        return len(set(self.unreadable).union(*self.orphans.values()))
+
+    def problems(self, ensemble_size: int) -> list[str]:
+        """What is wrong, in words, each with what to do about it; empty = nothing."""
+        return [
+            *self._bookie_problems(ensemble_size),
+            *_limited([_unreadable(shard, ledgers) for shard, ledgers in sorted(self.unreadable.items())], "shards"),
+            *(
+                f"broker {broker} has no session and owns {len(shards)} shards: others take them over at first use, "
+                "and within a minute; start it again"
+                for broker, shards in sorted(self.orphans.items())
+            ),
+        ]
+
+    def _bookie_problems(self, ensemble_size: int) -> list[str]:
+        problems = _limited(
+            [
+                f"bookie {bookie} has no session and {ledgers} ledgers name it: start it again, or decommission it"
+                for bookie, ledgers in sorted(self.lost_bookies.items())
+            ],
+            "bookies",
+        )
+        if self.vacant:
+            problems.append(f"{self.vacant} ledgers have fewer copies than they should: start more bookies")
+        read_only = sorted(b.bookie_id for b in self.bookies.values() if b.state is BookieState.READ_ONLY)
+        problems.extend(
+            _limited([f"bookie {b} is read-only: free space on its disk, or add bookies" for b in read_only], "bookies")
+        )
+        writable = sum(1 for b in self.bookies.values() if b.state is BookieState.WRITABLE)
+        if writable < ensemble_size:
+            problems.append(
+                f"{writable} bookies are writable and new ledgers want {ensemble_size}: start "
+                f"{ensemble_size - writable} more"
+            )
+        return problems
+
+
+def _unreadable(shard_id: int, ledgers: Collection[int]) -> str:
+    return f"shard {shard_id} has {len(ledgers)} ledgers of which no copy can be reached: start their bookies again"
+
+
+def _limited(problems: list[str], kind: str) -> list[str]:
+    if len(problems) <= NAMED_PROBLEMS_MAX:
+        return problems
+    return [*problems[:NAMED_PROBLEMS_MAX], f"and {len(problems) - NAMED_PROBLEMS_MAX} more {kind} like these"]

@@ -1,0 +1,57 @@
+"""What a broker counts. Labels are bounded: no topic, producer or subscription is one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from prometheus_client import CollectorRegistry, Counter, Gauge
+
+from magnetar.v1 import common_pb2
+
+
+class BrokerMetrics:
+    """The metrics of one broker, registered when it is made."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        def counter(name: str, text: str) -> Counter:
+            return Counter(f"magnetar_broker_{name}", text, registry=registry)
+
+        def gauge(name: str, text: str, labels: tuple[str, ...] = ()) -> Gauge:
+            return Gauge(f"magnetar_broker_{name}", text, labels, registry=registry)
+
+        self.published_messages = counter("published_messages", "Messages stored")
+        self.published_bytes = counter("published_bytes", "Bytes of batches stored")
+        self.published_batches = counter("published_batches", "Batches stored")
+        self.duplicate_batches = counter("duplicate_batches", "Batches answered because they were stored before")
+        self.delivered_messages = counter("delivered_messages", "Messages sent to consumers and readers")
+        self.delivered_bytes = counter("delivered_bytes", "Bytes of batches sent to consumers and readers")
+        self.shard_loads = counter("shard_loads", "Shards claimed and opened")
+        self.shard_load_failures = counter("shard_load_failures", "Shards that could not be claimed or opened")
+        self.shards_released = counter("shards_released", "Shards that another broker took over")
+        self.forgotten_producers = counter("forgotten_producers", "Idle producers dropped from the tables of shards")
+        self.trim_failures = counter("trim_failures", "Attempts to trim a shard that failed")
+        self.pending_bytes = gauge("pending_bytes", "Bytes of batches accepted and not yet stored")
+        self.served_shards = gauge("served_shards", "Shards open here")
+        self.streams = gauge("streams", "Open streams of clients", ("kind",))
+        self.refusals = Counter(
+            "magnetar_broker_refusals", "Requests, handles and streams refused", ("reason",), registry=registry
+        )
+
+    def refused(self, reason: common_pb2.ErrorReason) -> None:
+        name = common_pb2.ErrorReason.Name(reason).removeprefix("ERROR_REASON_").lower()
+        self.refusals.labels(name).inc()
+
+    def watch(self, *, pending_bytes: Callable[[], int], served_shards: Callable[[], int]) -> None:
+        self.pending_bytes.set_function(pending_bytes)
+        self.served_shards.set_function(served_shards)
+
+    @contextmanager
+    def stream(self, kind: str) -> Iterator[None]:
+        """Counts a stream while it is open."""
+        open_streams = self.streams.labels(kind)
+        open_streams.inc()
+        try:
+            yield
+        finally:
+            open_streams.dec()

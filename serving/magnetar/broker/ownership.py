@@ -1,0 +1,152 @@
+"""Which shards this broker may serve: its session, and claims under it.
+
+1. The broker's session is its registration key. Without one nothing is claimed; what is open goes on being served.
+2. A shard is claimed at first use. Owned by another living session: that broker is named. Nobody's: the preferred
+   broker, by rendezvous hash, claims it, the others name that one. The hash and every watch are hints: the claim's
+   transaction decides, and who loses it looks again.
+3. With a new session after a lost one, the new session is put into the records still served, at the same epoch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import structlog
+
+from magnetar.broker.cluster_view import ClusterView, LiveBroker
+from magnetar.broker.refusals import RETRY_AFTER_MS, not_owner
+from magnetar.metadata.codec import decode_broker, encode_broker
+from magnetar.metadata.keyspace import Keyspace
+from magnetar.metadata.records import BrokerRegistration, Owner, ShardRecord
+from magnetar.metadata.shards import ClaimLost, ShardMetadata
+from magnetar.metadata.store import MetadataStore
+from magnetar.node.registration import Registration
+from magnetar.node.rpc import unavailable
+
+CLAIM_ATTEMPTS = 8
+"""How often a claim is tried again because the record changed under it."""
+
+log = structlog.get_logger("magnetar.ownership")
+
+
+class Ownership:
+    """The session of one broker and the claims made under it. See the module's rules."""
+
+    def __init__(
+        self,
+        store: MetadataStore,
+        keyspace: Keyspace,
+        view: ClusterView,
+        broker_id: str,
+        lease_s: float,
+        *,
+        on_session: Callable[[Owner], None] = lambda session: None,
+        on_lost: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`on_session` is called with each session that follows a lost one, `on_lost` when one is lost."""
+        self.broker_id = broker_id
+        self._store = store
+        self._keyspace = keyspace
+        self._view = view
+        self._lease_s = lease_s
+        self._on_session = on_session
+        self._on_lost = on_lost
+        self._record = BrokerRegistration(broker_id, "")
+        self._registration: Registration | None = None
+        self._session: Owner | None = None
+
+    async def register(self, record: BrokerRegistration) -> None:
+        """Begins a session that others see. Raises IdInUse or MetadataUnavailable."""
+        self._record = record
+        registration = Registration(
+            self._store,
+            self._keyspace.broker(self.broker_id),
+            encode_broker(record),
+            self._lease_s,
+            on_session=self._session_began,
+            on_lost=self._session_lost,
+        )
+        await registration.register()
+        self._registration = registration
+
+    async def close(self) -> None:
+        """Ends the session."""
+        if self._registration is not None:
+            await self._registration.close()
+        self._session = None
+
+    @property
+    def session(self) -> Owner | None:
+        """None while the session is lost."""
+        return self._session
+
+    def require_session(self) -> Owner:
+        """Raises Refused(UNAVAILABLE) without a session: other brokers know more than this one then."""
+        if self._session is None:
+            raise unavailable(
+                f"this broker has lost its session in the metadata store: ask another broker broker=`{self.broker_id}`",
+                retry_after_ms=RETRY_AFTER_MS,
+            )
+        return self._session
+
+    async def claim(self, shard_id: int, *, preferred_or_not: bool = False) -> ShardMetadata:
+        """The metadata of a shard that is now this broker's; `preferred_or_not` to claim what another one should serve.
+
+        Raises Refused(NOT_OWNER) naming the broker to ask, Refused(UNAVAILABLE), ShardNotFound, MetadataUnavailable.
+        """
+        for _ in range(CLAIM_ATTEMPTS):
+            session = self.require_session()
+            metadata = await ShardMetadata.load(self._store, self._keyspace, shard_id)
+            await self._check_claimable(metadata.record, preferred_or_not)
+            try:
+                await metadata.claim(session)
+            except ClaimLost as lost:
+                log.info("claim lost", shard=shard_id, owner=lost.owner)
+                continue
+            log.info("claimed", shard=shard_id, topic=metadata.record.topic, epoch=metadata.record.epoch)
+            return metadata
+        raise unavailable(
+            f"the shard keeps changing hands: try again shard=`{shard_id}`", retry_after_ms=RETRY_AFTER_MS
+        )
+
+    def ended(self) -> dict[int, Owner]:
+        """Shards whose recorded owner lives no more, as the watches see it, and whose preferred broker is this one."""
+        session = self._session
+        if session is None:
+            return {}
+        me = self._me(session)
+        return {
+            shard_id: owner
+            for shard_id, owner in self._view.owned()
+            if owner != session
+            and self._view.living(owner) is None
+            and self._view.preferred(shard_id, me).owner == session
+        }
+
+    def mine(self) -> Iterable[int]:
+        """Shards that the records give to the present session."""
+        return [shard_id for shard_id, owner in self._view.owned() if owner == self._session]
+
+    async def _check_claimable(self, record: ShardRecord, preferred_or_not: bool) -> None:
+        session = self.require_session()
+        if record.owner is not None:
+            if record.owner.broker_id == self.broker_id:
+                return
+            found = await self._store.get(self._keyspace.broker(record.owner.broker_id))
+            if found is not None and found.create_revision == record.owner.session:
+                raise not_owner(record.shard_id, decode_broker(found.value).address)
+        preferred = self._view.preferred(record.shard_id, self._me(session))
+        if preferred.owner.broker_id != self.broker_id and not preferred_or_not:
+            raise not_owner(record.shard_id, preferred.address, "another broker should serve this shard")
+
+    def _me(self, session: Owner) -> LiveBroker:
+        return LiveBroker(session, self._record.address, self._record.version)
+
+    def _session_began(self, session: int) -> None:
+        self._session = Owner(self.broker_id, session)
+        if self._registration is not None:
+            self._on_session(self._session)
+
+    def _session_lost(self) -> None:
+        self._session = None
+        self._on_lost()

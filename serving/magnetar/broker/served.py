@@ -1,0 +1,325 @@
+"""The shards that a broker serves: opened at first use, each once, and given up.
+
+Opening a shard is: claim it, recover and open its log, rebuild the table of its producers, make its cursors those of
+the topic's subscriptions. Whoever wants the shard meanwhile waits for the same opening.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass
+
+import structlog
+
+from magnetar.broker.budget import ByteBudget
+from magnetar.broker.metrics import BrokerMetrics
+from magnetar.broker.ownership import Ownership
+from magnetar.broker.refusals import RETRY_AFTER_MS, refusal_of
+from magnetar.broker.shard import ServedShard, rebuild_producers
+from magnetar.broker.topics import Topics
+from magnetar.ledger.client import LedgerClient, LedgerError, Standing
+from magnetar.managed_log.cache import ReadCache
+from magnetar.managed_log.deletion import delete_shard
+from magnetar.managed_log.errors import LogError, LogReleased, Released
+from magnetar.managed_log.log import ManagedLog
+from magnetar.managed_log.settings import LogSettings
+from magnetar.metadata.ids import IdBlocks
+from magnetar.metadata.records import Owner
+from magnetar.metadata.shards import (
+    OutcomeUnknown,
+    OwnershipLost,
+    SessionEnded,
+    ShardMetadata,
+    ShardNotFound,
+    StaleChange,
+)
+from magnetar.metadata.store import MetadataError
+from magnetar.node.rpc import Refused, unavailable
+from magnetar.v1 import common_pb2
+
+LOADS_MAX = 32
+"""Shards opened at a time; the others wait their turn."""
+
+SHARDS_AT_ONCE = 32
+"""Of all that are served, when something is done with each."""
+
+CLOSE_S = 20.0
+"""How long a shard that is given up may take to store what it accepted; then its next owner recovers it."""
+
+CLOSE_ERRORS = (LogError, LedgerError, MetadataError, OwnershipLost, SessionEnded, StaleChange, OutcomeUnknown)
+"""What a log that cannot be closed ends with: it is abandoned, and its next owner recovers it."""
+
+SHARD_SHARE = 4
+"""One shard holds at most this part of the broker's budget of bytes not yet stored."""
+
+log = structlog.get_logger("magnetar.served")
+
+
+@dataclass(frozen=True, slots=True)
+class LogParts:
+    """What every log of a broker is made with."""
+
+    ledgers: LedgerClient
+    ids: IdBlocks
+    cache: ReadCache
+    settings: LogSettings
+    now_us: Callable[[], int]
+
+
+class ServedShards:
+    """See the module. `address_of` gives the address of an owner's living session, empty if there is none."""
+
+    def __init__(
+        self,
+        ownership: Ownership,
+        topics: Topics,
+        parts: LogParts,
+        metrics: BrokerMetrics,
+        budget: ByteBudget,
+        pending_bytes_max: int,
+        address_of: Callable[[Owner], str],
+    ) -> None:
+        self._ownership = ownership
+        self._topics = topics
+        self._parts = parts
+        self._metrics = metrics
+        self._budget = budget
+        self._shard_pending_bytes_max = max(1, pending_bytes_max // SHARD_SHARE)
+        self._address_of = address_of
+        self._served: dict[int, ServedShard] = {}
+        self._by_topic: dict[str, set[ServedShard]] = {}
+        self._loads: dict[int, asyncio.Task[ServedShard]] = {}
+        self._deletions: dict[int, asyncio.Task[None]] = {}
+        self._load_slots = asyncio.Semaphore(LOADS_MAX)
+        self._stopping = False
+
+    def __len__(self) -> int:
+        return len(self._served)
+
+    def __iter__(self) -> Iterator[ServedShard]:
+        return iter(list(self._served.values()))
+
+    def get(self, shard_id: int) -> ServedShard | None:
+        return self._served.get(shard_id)
+
+    def of_topic(self, topic: str) -> list[ServedShard]:
+        return list(self._by_topic.get(topic, ()))
+
+    def _add(self, shard: ServedShard) -> None:
+        self._served[shard.shard_id] = shard
+        self._by_topic.setdefault(shard.topic, set()).add(shard)
+
+    def _remove(self, shard: ServedShard) -> bool:
+        """False if it was not there any more."""
+        if self._served.get(shard.shard_id) is not shard:
+            return False
+        del self._served[shard.shard_id]
+        others = self._by_topic[shard.topic]
+        others.discard(shard)
+        if not others:
+            del self._by_topic[shard.topic]
+        return True
+
+    def loading(self, shard_id: int) -> bool:
+        return shard_id in self._loads
+
+    async def open(self, shard_id: int) -> ServedShard:
+        """The shard, taken over if need be.
+
+        Raises Refused(NOT_OWNER) naming its broker, Refused(UNAVAILABLE), ShardNotFound, MetadataUnavailable.
+        """
+        shard = self._served.get(shard_id)
+        if shard is not None:
+            return shard
+        if self._stopping:
+            raise unavailable("the broker is stopping: ask another one", retry_after_ms=RETRY_AFTER_MS)
+        if shard_id in self._deletions:
+            raise unavailable(f"the shard is being deleted shard=`{shard_id}`", retry_after_ms=RETRY_AFTER_MS)
+        load = self._loads.get(shard_id)
+        if load is None:
+            load = asyncio.create_task(self._load(shard_id), name=f"load shard {shard_id}")
+            self._loads[shard_id] = load
+            load.add_done_callback(lambda done: self._loaded(shard_id, done))
+        # Whoever waits may be cancelled; the opening goes on for the others.
+        return await asyncio.shield(load)
+
+    def _loaded(self, shard_id: int, load: asyncio.Task[ServedShard]) -> None:
+        del self._loads[shard_id]
+        error = None if load.cancelled() else load.exception()
+        sent_away = isinstance(error, Refused) and error.reason == common_pb2.ERROR_REASON_NOT_OWNER
+        if error is not None and not sent_away:
+            self._metrics.shard_load_failures.inc()
+            log.warning("shard could not be opened", shard=shard_id, problem=str(error))
+
+    async def _load(self, shard_id: int) -> ServedShard:
+        async with self._load_slots:
+            metadata = await self._ownership.claim(shard_id)
+            # A topic that is being deleted is not served any more.
+            await self._topics.get(metadata.record.topic)
+            try:
+                return await self._open(metadata)
+            except (LogError, LedgerError) as error:
+                raise unavailable(f"the shard cannot be opened now: {error}", retry_after_ms=RETRY_AFTER_MS) from error
+
+    async def _open(self, metadata: ShardMetadata) -> ServedShard:
+        shard: ServedShard | None = None
+        losses: list[Released] = []
+
+        def released(why: Released) -> None:
+            losses.append(why)
+            if shard is not None:
+                self._released(shard, why)
+
+        parts = self._parts
+        shard_log = await ManagedLog.open(
+            metadata, parts.ledgers, parts.ids, parts.cache, parts.settings, now_us=parts.now_us, on_released=released
+        )
+        try:
+            producers = await rebuild_producers(shard_log)
+            shard = ServedShard(
+                shard_log,
+                producers,
+                self._topics,
+                self._metrics,
+                self._budget,
+                self._shard_pending_bytes_max,
+                parts.now_us,
+            )
+            await shard.adopt(await self._topics.subscriptions(shard.topic))
+            session = self._ownership.session
+            if session is not None and session != metadata.session:
+                # It was lost and begun anew meanwhile, when this shard was not among those to be told.
+                await shard_log.renew_session(session)
+        except BaseException:
+            await self._give_up(shard_log)
+            raise
+        if losses or self._stopping:
+            await self._give_up(shard_log)
+            raise unavailable("the shard was lost while it was opened", retry_after_ms=RETRY_AFTER_MS)
+        self._add(shard)
+        self._metrics.shard_loads.inc()
+        return shard
+
+    async def _give_up(self, shard_log: ManagedLog) -> None:
+        """Closes a log that is not going to be served; its next owner does what is left undone here."""
+        try:
+            async with asyncio.timeout(CLOSE_S):
+                await shard_log.close()
+        except (*CLOSE_ERRORS, TimeoutError) as error:
+            shard_log.abandon()
+            log.warning("log was not closed", shard=shard_log.shard_id, problem=str(error))
+
+    def _released(self, shard: ServedShard, why: Released) -> None:
+        if self._remove(shard):
+            self._metrics.shards_released.inc()
+        log.warning("shard released", shard=shard.shard_id, topic=shard.topic, reason=why.reason)
+        shard.release(why.reason, "" if why.owner is None else self._address_of(why.owner))
+
+    # --- trimming, doubts, a new session, the end ---
+
+    async def trim(self) -> None:
+        """Deletes what nobody needs, in every shard."""
+
+        async def one(shard: ServedShard) -> None:
+            try:
+                await shard.log.trim()
+            except LogError as error:
+                self._metrics.trim_failures.inc()
+                log.warning("trimming failed", shard=shard.shard_id, problem=str(error))
+
+        await self._for_each(one)
+
+    async def release_fenced(self) -> None:
+        """Asks bookies whether somebody took over while the metadata store could not tell, and releases what was."""
+
+        async def one(shard: ServedShard) -> None:
+            if await shard.log.standing() is Standing.LOST and self._ownership.session is None:
+                shard.log.abandon("fenced")
+                self._released(shard, Released(None, "the shard was taken over"))
+
+        await self._for_each(one)
+
+    async def renew(self, session: Owner) -> None:
+        """Puts the broker's new session into the records of what it serves. What somebody else claimed is released."""
+
+        async def one(shard: ServedShard) -> None:
+            try:
+                await shard.log.renew_session(session)
+            except (SessionEnded, LogReleased):
+                return  # One more session was lost, and the next follows; or the shard, and it is released.
+
+        await self._for_each(one)
+
+    async def close(self) -> None:
+        """Gives up every shard: what was accepted is stored and answered first."""
+        self._stopping = True
+        for deletion in self._deletions.values():
+            deletion.cancel()  # Whoever goes on with it begins where this one stopped.
+        # What is being opened is given up by itself, unless a silent store keeps it waiting.
+        under_way = [*self._deletions.values(), *self._loads.values()]
+        if under_way:
+            _, stuck = await asyncio.wait(under_way, timeout=CLOSE_S)
+            for task in stuck:
+                task.cancel()
+            await asyncio.gather(*stuck, return_exceptions=True)
+
+        async def one(shard: ServedShard) -> None:
+            try:
+                async with asyncio.timeout(CLOSE_S):
+                    await shard.close()
+            except (*CLOSE_ERRORS, TimeoutError) as error:
+                log.warning("shard was not closed", shard=shard.shard_id, problem=str(error))
+                shard.log.abandon()
+                shard.release("the broker is stopping")
+            self._remove(shard)
+
+        await self._for_each(one)
+
+    async def _for_each(self, act: Callable[[ServedShard], Awaitable[None]]) -> None:
+        slots = asyncio.Semaphore(SHARDS_AT_ONCE)
+
+        async def bounded(shard: ServedShard) -> None:
+            async with slots:
+                try:
+                    await act(shard)
+                except Exception as error:
+                    if refusal_of(error) is None:
+                        log.exception("shard failed", shard=shard.shard_id)
+
+        await asyncio.gather(*(bounded(shard) for shard in self))
+
+    # --- deleting ---
+
+    async def delete(self, shard_id: int) -> None:
+        """Deletes the shard with all its ledgers; nothing if it is gone.
+
+        Raises Refused(NOT_OWNER) if another broker serves it: that one deletes it when it sees the topic going.
+        """
+        deletion = self._deletions.get(shard_id)
+        if deletion is None:
+            deletion = asyncio.create_task(self._delete(shard_id), name=f"delete shard {shard_id}")
+            self._deletions[shard_id] = deletion
+            deletion.add_done_callback(lambda done: self._deleted(shard_id, done))
+        await asyncio.shield(deletion)
+
+    def _deleted(self, shard_id: int, deletion: asyncio.Task[None]) -> None:
+        del self._deletions[shard_id]
+        if not deletion.cancelled():
+            deletion.exception()  # Whoever waits has it; nobody may wait any more.
+
+    async def _delete(self, shard_id: int) -> None:
+        load = self._loads.get(shard_id)
+        if load is not None:
+            await asyncio.gather(asyncio.shield(load), return_exceptions=True)
+        shard = self._served.get(shard_id)
+        try:
+            if shard is not None:
+                self._remove(shard)
+                shard.release("the topic is being deleted")
+                await shard.log.delete()
+            else:
+                metadata = await self._ownership.claim(shard_id, preferred_or_not=True)
+                await delete_shard(metadata)
+        except ShardNotFound:
+            return

@@ -1,0 +1,194 @@
+"""Opening, closing, forking: when a client may be used."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from scripted_broker import Fate, ScriptedBroker, ScriptedCluster
+
+from magnetar.client import (
+    EARLIEST,
+    Client,
+    ClientClosed,
+    ClusterUnavailable,
+    InvalidArgument,
+    MagnetarError,
+    TopicNotFound,
+    connect,
+)
+
+TOPIC = "public/default/clicks"
+
+
+def test_connect_touches_no_loop_and_no_thread() -> None:
+    threads = threading.active_count()
+    client = connect("localhost:7650,other:1")
+    assert threading.active_count() == threads
+    with pytest.raises(ClientClosed, match="async with"):
+        client.producer("clicks")
+
+
+@pytest.mark.parametrize("servers", ["", "localhost", "localhost:", ":7650", "localhost:x", "a:1,,b:2", "a:70000", 7])
+def test_addresses_that_are_none_are_refused(servers: Any) -> None:
+    with pytest.raises(InvalidArgument):
+        connect(servers)
+
+
+@pytest.mark.parametrize("timeout", [0, -1.0, float("nan"), float("inf")])
+def test_a_timeout_that_is_none_is_refused(timeout: float) -> None:
+    with pytest.raises(InvalidArgument, match="timeout"):
+        connect("localhost:7650", timeout=timeout)
+
+
+async def test_a_client_is_entered_once(broker: ScriptedBroker) -> None:
+    client = connect(broker.address)
+    async with client:
+        pass
+    with pytest.raises(ClientClosed, match="only once"):
+        async with client:
+            raise AssertionError
+
+
+async def test_what_was_closed_says_so(broker: ScriptedBroker) -> None:
+    async with connect(broker.address) as client:
+        async with client.producer("clicks") as producer:
+            pass
+        with pytest.raises(ClientClosed, match="producer is closed"):
+            await producer.send(b"x")
+        await producer.close()
+        async with client.stream_consumer("clicks", subscription="s", start=EARLIEST) as consumer:
+            pass
+        for attempt in (consumer.receive(), consumer.receive_batch(), consumer.seek(EARLIEST), anext(consumer)):
+            with pytest.raises(ClientClosed, match="consumer is closed"):
+                await attempt
+        unopened = client.producer("clicks")
+        with pytest.raises(ClientClosed, match="not open"):
+            unopened.send_nowait(b"x")
+    with pytest.raises(ClientClosed, match="client is closed"):
+        async with client.producer("clicks"):
+            raise AssertionError
+    with pytest.raises(ClientClosed, match="client is closed"):
+        await client.admin.topics.list()
+
+
+async def test_closing_a_client_closes_what_is_open_and_waits_for_it(
+    cluster: ScriptedCluster, broker: ScriptedBroker
+) -> None:
+    async with connect(broker.address) as client:
+        producer = await client.producer("clicks").__aenter__()
+        receipt = producer.send_nowait(b"x")
+        consumer = await client.stream_consumer("clicks", subscription="s", start=EARLIEST).__aenter__()
+        consumer.ack(await consumer.receive(timeout=5))
+    assert receipt.done()
+    assert cluster.topics[TOPIC].shards[1].subscriptions["s"].floor == 1
+    with pytest.raises(ClientClosed):
+        producer.send_nowait(b"y")
+
+
+async def test_a_receiver_that_waits_hears_of_the_closing(client: Client) -> None:
+    async with client.stream_consumer("clicks", subscription="s") as consumer:
+        waiting = asyncio.create_task(consumer.receive())
+        await asyncio.sleep(0)
+        await consumer.close()
+        with pytest.raises(ClientClosed):
+            await waiting
+
+
+async def test_closing_gives_up_after_the_timeout_and_says_what_is_unknown(
+    cluster: ScriptedCluster, connecting: Callable[[float], Client]
+) -> None:
+    cluster.on_batch = lambda shard, header: Fate.DROP
+    async with connecting(0.2) as client:
+        with pytest.raises(ClusterUnavailable, match="may or may not be stored"):
+            async with client.producer("clicks") as producer:
+                producer.send_nowait(b"x")
+
+
+async def test_an_error_in_the_block_is_not_hidden_by_what_happens_to_messages(
+    cluster: ScriptedCluster, connecting: Callable[[float], Client]
+) -> None:
+    cluster.on_batch = lambda shard, header: Fate.DROP
+    async with connecting(0.2) as client:
+        with pytest.raises(ZeroDivisionError):
+            async with client.producer("clicks") as producer:
+                producer.send_nowait(b"x")
+                raise ZeroDivisionError
+
+
+async def test_a_broker_that_refuses_the_topic_is_heard_at_the_door(cluster: ScriptedCluster, client: Client) -> None:
+    from scripted_broker import error
+
+    cluster.on_resolve = lambda topic: error("TOPIC_NOT_FOUND", "topics are not created here")
+    for part in (client.producer("x"), client.reader("x"), client.queue_consumer("x", subscription="s")):
+        with pytest.raises(TopicNotFound, match="not created here"):
+            async with part:
+                raise AssertionError
+
+
+async def test_another_server_answers_when_the_first_is_gone(cluster: ScriptedCluster, broker: ScriptedBroker) -> None:
+    gone = await cluster.broker()
+    address = gone.address
+    await gone.stop()
+    async with connect(f"{address},{broker.address}", timeout=5) as client, client.producer("clicks") as producer:
+        assert (await producer.send(b"x")).offset == 0
+
+
+async def test_what_is_not_a_broker_is_named(unused_tcp_port_server: str) -> None:
+    async with connect(unused_tcp_port_server, timeout=0.5) as client:
+        with pytest.raises(MagnetarError, match=unused_tcp_port_server):
+            await client.admin.topics.list()
+
+
+@pytest.fixture
+async def unused_tcp_port_server() -> Any:
+    """A server that speaks something else."""
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"220 mail.example ESMTP\r\n")
+        await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_server(talk, "127.0.0.1", 0)
+    async with server:
+        yield f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+
+
+async def test_no_task_is_left_behind(broker: ScriptedBroker) -> None:
+    before = {task.get_name() for task in asyncio.all_tasks()}
+    async with (
+        connect(broker.address) as client,
+        client.producer("clicks") as producer,
+        client.stream_consumer("clicks", subscription="s", start=EARLIEST) as consumer,
+    ):
+        await producer.send(b"x")
+        consumer.ack(await consumer.receive(timeout=5))
+    left = {task.get_name() for task in asyncio.all_tasks()} - before
+    assert not [name for name in left if "magnetar" in name or "clicks" in name or "Produce" in name]
+
+
+async def test_a_forked_child_gets_a_clear_error(broker: ScriptedBroker) -> None:
+    async with connect(broker.address) as client, client.producer("clicks") as producer:
+        await producer.send(b"x")
+        reading, writing = os.pipe()
+        child = os.fork()
+        if child == 0:
+            answers = []
+            for use in (lambda: producer.send_nowait(b"y"), lambda: client.producer("clicks")):
+                try:
+                    use()
+                    answers.append("nothing")
+                except ClientClosed as error:
+                    answers.append(str(error))
+            os.write(writing, "|".join(answers).encode())
+            os._exit(0)
+        os.waitpid(child, 0)
+        said = os.read(reading, 10_000).decode().split("|")
+        os.close(reading)
+        os.close(writing)
+        assert all("connect again after a fork" in answer for answer in said)
+        assert (await producer.send(b"z")).offset == 1
