@@ -16,7 +16,15 @@ from hypothesis.stateful import (
     rule,
 )
 
-from magnetar.broker.dispatch import CaughtUp, Deliver, LoadedBatch, QueueDispatch, Read, StreamDispatch
+from magnetar.broker.dispatch import (
+    RANGE_IN_BITS_MAX,
+    CaughtUp,
+    Deliver,
+    LoadedBatch,
+    QueueDispatch,
+    Read,
+    StreamDispatch,
+)
 from magnetar.broker.key_order import KeyOrderedDispatch
 from magnetar.broker.offset_set import CHUNK
 from magnetar.managed_log.cursor import CursorTable
@@ -24,7 +32,7 @@ from magnetar.metadata.records import SubscriptionType
 from magnetar.wire.batch import Columns, encode_batch
 from magnetar.wire.selection import indices
 
-BEGIN = CHUNK - 7
+BEGIN = 40 * CHUNK - 7
 SLOTS = st.sampled_from([0, 1, 63, 20_000, 40_000, 65_535])
 LOOK_AHEAD = 12
 
@@ -127,6 +135,17 @@ class QueueMachine(RuleBasedStateMachine):
             for offset in range(start, end):
                 self.holder.pop(offset, None)
                 self.counts.pop(offset, None)
+
+    @precondition(lambda self: self.end > BEGIN + 40)
+    @rule(consumer=consumers, back=st.integers(1, 20))
+    def ack_nearly_everything(self, consumer: int, back: int) -> None:
+        """A range so long that it is not taken as a bitmap: everything below the end but a few."""
+        end = self.end - back
+        self.table.ack("s", end, [])
+        self.core.acked(consumer, [(end - 2 * RANGE_IN_BITS_MAX, end)])
+        for offset in range(BEGIN, end):
+            self.holder.pop(offset, None)
+            self.counts.pop(offset, None)
 
     @rule(consumer=consumers, take=st.integers(1, 10))
     def ack_what_it_holds(self, consumer: int, take: int) -> None:

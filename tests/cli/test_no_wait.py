@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +13,8 @@ from magnetar.cli.command import CommandFailed
 from magnetar.cli.consume import Rest, Shape, Type, Wanted
 from magnetar.client import EARLIEST, ConsumerDescription, CursorDescription, MessageId, SubscriptionDescription
 
-ME = "me"
+ME = f"{socket.gethostname()[:64]}-{os.getpid()}-a1b2"
+OTHER = f"{socket.gethostname()}-{os.getpid() + 1}-a1b2"
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ def described(*cursors: CursorDescription, consumers: tuple[ConsumerDescription,
 
 
 def rest(description: SubscriptionDescription, type: Type = Type.stream, timeout_s: float = 30.0) -> Rest:
-    return Rest(Wanted("t", "s", type, EARLIEST, None, True, Shape.raw, timeout_s), ME, description)
+    return Rest(Wanted("t", "s", type, EARLIEST, None, True, Shape.raw, timeout_s), description)
 
 
 def came(rest: Rest, *ids: tuple[int, int]) -> bool:
@@ -69,14 +72,14 @@ def test_silence_ends_what_was_acknowledged_meanwhile_by_others() -> None:
 
 def test_a_shard_that_another_stream_consumer_reads_is_not_waited_for(capsys: pytest.CaptureFixture[str]) -> None:
     waiting = rest(described(cursor(1, 0, 3)))
-    waiting.silence(described(cursor(1, 0, 3), consumers=(consumer("other", 1), consumer(ME, 1, active=False))))
+    waiting.silence(described(cursor(1, 0, 3), consumers=(consumer(OTHER, 1), consumer(ME, 1, active=False))))
     assert waiting.is_empty
     assert "other consumers have them: 3 messages" in capsys.readouterr().err
 
 
 def test_a_queue_is_waited_for_while_messages_are_left_or_on_their_way_here() -> None:
     waiting = rest(described(cursor(1, 0, 10)), Type.queue)
-    mine, others = consumer(ME, 1, unacked=4), consumer("other", 1, unacked=6)
+    mine, others = consumer(ME, 1, unacked=4), consumer(OTHER, 1, unacked=6)
     waiting.silence(described(cursor(1, 0, 10), consumers=(mine, others)))
     assert not waiting.is_empty
     waiting.silence(described(cursor(1, 0, 10, backlog=7), consumers=(consumer(ME, 1), others)))
@@ -87,7 +90,7 @@ def test_a_queue_is_waited_for_while_messages_are_left_or_on_their_way_here() ->
 
 def test_a_consumer_that_is_about_to_be_attached_again_waits() -> None:
     waiting = rest(described(cursor(1, 0, 3)))
-    waiting.silence(described(cursor(1, 0, 3), consumers=(consumer("other", 1),)))
+    waiting.silence(described(cursor(1, 0, 3), consumers=(consumer(OTHER, 1),)))
     assert not waiting.is_empty
 
 

@@ -315,8 +315,8 @@ class ScriptedBroker:
         stream = Stream(self, context)
         self.streams.add(stream)
         writer = asyncio.create_task(self._write(stream))
+        broken = asyncio.create_task(stream.broken.wait())
         try:
-            broken = asyncio.create_task(stream.broken.wait())
             while not stream.broken.is_set():
                 read = asyncio.ensure_future(context.read())
                 await asyncio.wait({read, broken}, return_when=asyncio.FIRST_COMPLETED)
@@ -334,8 +334,8 @@ class ScriptedBroker:
                 else:
                     handle(stream, request)
                 self.cluster.changed.set()
-            broken.cancel()
         finally:
+            broken.cancel()
             writer.cancel()
             self.streams.discard(stream)
             for session in tuple(stream.sessions.values()):

@@ -97,9 +97,9 @@ async def test_an_older_layout_changes_nothing(cluster: ScriptedCluster, client:
     topic = cluster.create("clicks", shards=2)
     topic.epoch = 5
     async with client.producer("clicks") as producer:
-        lanes = dict(producer._lanes)
+        lanes = list(producer._lanes._row)
         topic.epoch = 4
         cluster.add_shard(topic, 0, 65535)
-        refresh: Callable[[str], object] = producer._cluster.layouts.refresh
+        refresh: Callable[[str], object] = producer._lanes._cluster.layouts.refresh
         await refresh("public/default/clicks")  # type: ignore[misc]
-        assert producer._lanes == lanes
+        assert producer._lanes._row == lanes

@@ -217,7 +217,7 @@ async def test_the_window_bounds_what_is_under_way(cluster: ScriptedCluster, cli
     cluster.window_bytes = 3000
     unanswered: list[int] = []
     async with client.producer("clicks", batching=SINGLE) as producer:
-        (lane,) = producer._lanes.values()
+        (lane,) = producer._lanes._row
 
         def look(shard: Shard, header: BatchHeader) -> Fate:
             unanswered.append(lane.chain.unanswered)

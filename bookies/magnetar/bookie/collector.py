@@ -5,7 +5,8 @@ Steps of a pass:
 1. List the local ledgers. A ledger's record stands before its first entry is sent, so every one of these had a record.
 2. List the ledgers in which this bookie has a role, from its index. Incomplete or unreadable: give the pass up.
 3. What is local and not in the index is a candidate. If there are any, list all ledger records, those under the
-   shards before the closed ones (a closing ledger moves that way), and keep the candidates without a role here.
+   shards before the closed ones (a closing ledger moves that way), and keep the candidates without a role here. A
+   ledger that is not CLOSED is never one: a recovery may write to a spare that only the closing record will name.
 4. For each candidate: refuse every add to it, read again its index key and every place its record can stand, delete it
    only if none names this bookie, accept adds again. Without the refusal: the collector reads the record, a copy to
    this bookie is claimed and half written, the collector deletes, the copy completes with a hole.
@@ -124,7 +125,8 @@ class Collector:
                 kind, values = self._keyspace.parse(item.key)
                 if kind is KeyKind.SHARD_LEDGER:
                     shards[int(values[1])] = int(values[0])
-                if kind in (KeyKind.SHARD_LEDGER, KeyKind.LEDGER) and self._names_me(item):
+                    named.add(int(values[1]))
+                elif kind is KeyKind.LEDGER and self._names_me(item):
                     named.add(int(values[-1]))
         found = [(ledger_id, shards.get(ledger_id, 0)) for ledger_id in candidates if ledger_id not in named]
         return found[:DELETIONS_PER_PASS_MAX]
@@ -170,12 +172,10 @@ class Collector:
         """The index key is written in the txn that gives the role; the records are looked at in case it was not."""
         if await self._metadata.get(self._keyspace.index(self._bookie_id, ledger_id)) is not None:
             return True
-        keys = [self._keyspace.shard_ledger(shard_id, ledger_id)] if shard_id else []
-        for key in (*keys, self._keyspace.ledger(ledger_id)):
-            found = await self._metadata.get(key)
-            if found is not None and self._names_me(found):
-                return True
-        return False
+        if shard_id and await self._metadata.get(self._keyspace.shard_ledger(shard_id, ledger_id)) is not None:
+            return True
+        closed = await self._metadata.get(self._keyspace.ledger(ledger_id))
+        return closed is not None and self._names_me(closed)
 
     async def _forget(self, local: Iterable[tuple[int, LedgerMark]]) -> tuple[int, ...]:
         """A stale writer must find the tombstone for longer than it can live."""

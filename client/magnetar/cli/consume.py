@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import enum
 import json
+import os
 import select
+import socket
 import sys
 import time
 from collections.abc import Awaitable, Mapping, Sequence
@@ -99,7 +101,7 @@ def consume(
 async def _consume(client: Client, wanted: Wanted) -> None:
     open_consumer = client.stream_consumer if wanted.type is Type.stream else client.queue_consumer
     async with open_consumer(wanted.topic, subscription=wanted.subscription, start=wanted.start) as consumer:
-        rest = Rest(wanted, consumer.consumer_name, await _describe(client, wanted)) if wanted.no_wait else None
+        rest = Rest(wanted, await _describe(client, wanted)) if wanted.no_wait else None
         left = wanted.count
         while left != 0 and not (rest is not None and rest.is_empty):
             check_stdout()
@@ -130,14 +132,12 @@ def _ack(consumer: Consumer, messages: Sequence[Message], type: Type) -> dict[in
 class Rest:
     """What --no-wait still has to print: what was stored when it began, as far as it can be delivered here.
 
-    _me     name of this consumer
     _ends   for each shard with something to print: the end offset at the beginning
     _acks   the last acknowledgement in each shard
     """
 
-    def __init__(self, wanted: Wanted, me: str, description: SubscriptionDescription) -> None:
+    def __init__(self, wanted: Wanted, description: SubscriptionDescription) -> None:
         self._wanted = wanted
-        self._me = me
         self._ends = {cursor.shard: cursor.end_offset for cursor in description.shards if cursor.backlog_messages}
         self._acks: dict[int, Awaitable[None]] = {}
         self._last_came_at = time.monotonic()
@@ -184,15 +184,21 @@ class Rest:
     def _is_deliverable(self, cursor: CursorDescription, description: SubscriptionDescription) -> bool:
         """Whether this consumer can get something of the shard's backlog, or has it under way."""
         attached = [consumer for consumer in description.consumers if consumer.shard == cursor.shard]
-        mine = [consumer for consumer in attached if consumer.consumer == self._me]
+        mine = [consumer for consumer in attached if is_of_this_process(consumer.consumer)]
         if not mine:
             # It is about to be attached again.
             return True
         if self._wanted.type is Type.stream:
             # One consumer of a shard is active; the others get nothing.
             return any(consumer.active for consumer in mine)
-        others = sum(consumer.unacked_messages for consumer in attached if consumer.consumer != self._me)
+        others = sum(consumer.unacked_messages for consumer in attached if consumer not in mine)
         return cursor.backlog_messages > others
+
+
+def is_of_this_process(consumer: str) -> bool:
+    """The name of a consumer is its host, which may be cut, its process and something random."""
+    host, process, _random = consumer.rsplit("-", 2) if consumer.count("-") >= 2 else ("", "", "")
+    return host != "" and socket.gethostname().startswith(host) and process == str(os.getpid())
 
 
 async def _look(client: Client, wanted: Wanted) -> None:

@@ -6,6 +6,7 @@ import asyncio
 from types import TracebackType
 from typing import Self
 
+from magnetar.client import consumer as consumers
 from magnetar.client.admin import Admin
 from magnetar.client.batching import Batching
 from magnetar.client.connection import ConsumeStream, ProduceStream, Streams
@@ -60,7 +61,8 @@ class Client:
         closers = [child.closer() for child in tuple(self._lifetime.children) if child.closer is not None]
         results = await asyncio.gather(*closers, return_exceptions=True)
         self._lifetime.end()
-        await self._entered().close()
+        if self._parts is not None:
+            await self._parts.close()
         for result in results:
             if isinstance(result, BaseException):
                 raise result
@@ -107,8 +109,8 @@ class Client:
         Of several consumers one is active in each shard, others stand by. Raises InvalidArgument.
         """
         parts = self._entered()
-        lifetime = Lifetime(StreamConsumer.kind, parent=self._lifetime)
-        consumer = StreamConsumer(parts.consuming, lifetime, topic, subscription=subscription, start=start)
+        lifetime = Lifetime("stream consumer", parent=self._lifetime)
+        consumer = consumers.stream_consumer(parts.consuming, lifetime, topic, subscription=subscription, start=start)
         lifetime.closer = consumer.close
         return consumer
 
@@ -130,8 +132,8 @@ class Client:
         Raises InvalidArgument.
         """
         parts = self._entered()
-        lifetime = Lifetime(QueueConsumer.kind, parent=self._lifetime)
-        consumer = QueueConsumer(
+        lifetime = Lifetime("queue consumer", parent=self._lifetime)
+        consumer = consumers.queue_consumer(
             parts.consuming,
             lifetime,
             topic,
@@ -152,14 +154,14 @@ class Client:
         Raises InvalidArgument.
         """
         parts = self._entered()
-        lifetime = Lifetime(Reader.kind, parent=self._lifetime)
-        reader = Reader(parts.consuming, lifetime, topic, start=start, stop=stop)
+        lifetime = Lifetime("reader", parent=self._lifetime)
+        reader = consumers.reader(parts.consuming, lifetime, topic, start=start, stop=stop)
         lifetime.closer = reader.close
         return reader
 
     def _entered(self) -> _Parts:
+        self._lifetime.check()
         if self._parts is None:
-            self._lifetime.check()
             raise ClientClosed("this client is not open: use `async with connect(...) as client`")
         return self._parts
 

@@ -147,7 +147,10 @@ class Stream(ABC, Generic[HandleT]):
 
     async def _talk(self, stream: RpcStream) -> None:
         """Until one direction ends; then the other ends too."""
-        tasks = {asyncio.create_task(self._write(stream)), asyncio.create_task(self._read(stream))}
+        tasks = {
+            asyncio.create_task(self._write(stream), name=f"{self.method} {self.address} writer"),
+            asyncio.create_task(self._read(stream), name=f"{self.method} {self.address} reader"),
+        }
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:

@@ -44,8 +44,8 @@ class FeedOwner(Protocol):
     def feed_opened(self, feed: Feed) -> None:
         """It is open, again or for the first time."""
 
-    def feed_changed(self) -> None:
-        """It came to its end."""
+    def feed_finished(self, feed: Feed) -> None:
+        """A reader's feed gave everything up to its stop."""
 
     def drop_buffered(self, feed: Feed) -> None:
         """Forget what was delivered by this feed and not given out."""
@@ -284,7 +284,7 @@ class ReaderFeed(Feed):
             return None, None
         self._next = stop
         if self.finished:
-            self._consumer.feed_changed()
+            self._consumer.feed_finished(self)
         return selection_of(header.count, start - first, stop - first), None
 
 

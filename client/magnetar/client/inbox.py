@@ -21,7 +21,7 @@ CHUNK_MESSAGES = 256
 class Inbox:
     """messages   the made ones that come next: take from it, and call `load` when it is empty"""
 
-    __slots__ = ("_at", "_chunk_messages", "_current", "_failure", "_ready", "messages")
+    __slots__ = ("_at", "_current", "_failure", "_ready", "chunk_messages", "messages")
 
     def __init__(self, chunk_messages: int = CHUNK_MESSAGES) -> None:
         self.messages: Iterator[Message] = iter(())
@@ -29,7 +29,7 @@ class Inbox:
         self._current: MessageBatch | None = None
         self._at = 0
         self._failure: MagnetarError | None = None
-        self._chunk_messages = chunk_messages
+        self.chunk_messages = chunk_messages
 
     def put(self, batch: MessageBatch) -> None:
         self._ready.append(batch)
@@ -40,7 +40,7 @@ class Inbox:
     def load(self) -> bool:
         """Make the next messages. False: nothing is here. Raises MagnetarError for a batch that cannot be decoded."""
         self._raise_failure()
-        chunk = self._next_chunk(self._chunk_messages)
+        chunk = self._next_chunk(self.chunk_messages)
         self.messages = iter(chunk)
         return bool(chunk)
 

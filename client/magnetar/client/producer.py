@@ -4,23 +4,17 @@ Rules:
 
 1. A message costs two list appends and a receipt; everything else is done for whole batches, when a stream takes them.
 2. Messages with one key go through one lane (a shard), in the order of the calls. So do keyless messages of a batch.
-3. What was handed over ends: stored once, or failed with an error that says whether it may be stored. Budget and
-   receipts are counted in the same place, `settled`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
-import random
 from array import array
-from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from types import TracebackType
 from typing import Literal, Self, TypeAlias
 
-from magnetar.client.backoff import Delays
 from magnetar.client.batching import (
     MESSAGE_OVERHEAD,
     Batch,
@@ -32,15 +26,12 @@ from magnetar.client.batching import (
 )
 from magnetar.client.connection import ProduceStream
 from magnetar.client.errors import (
-    ClusterUnavailable,
     InvalidArgument,
     MagnetarError,
     QueueFull,
-    RetriableError,
 )
-from magnetar.client.inflight import regroup
-from magnetar.client.lane import Lane
-from magnetar.client.layouts import Layout, checked_name, full_topic
+from magnetar.client.lanes import Lanes
+from magnetar.client.layouts import checked_name, full_topic
 from magnetar.client.lifetime import Lifetime
 from magnetar.client.links import Cluster
 from magnetar.client.message import MessageId, to_microseconds
@@ -54,11 +45,8 @@ from magnetar.client.outgoing import (
     too_large,
 )
 from magnetar.client.receipts import MessageIds, Receipt, Settled
-from magnetar.client.refusal import Refused
-from magnetar.client.rpc import BROKER_SERVICE
-from magnetar.v1 import broker_pb2
 from magnetar.wire.compression import Codec
-from magnetar.wire.slots import SLOTS, slot_of, slots_of
+from magnetar.wire.slots import slot_of, slots_of
 
 PENDING_BYTES_DEFAULT = 64 << 20
 SEQUENCE_MAX = (1 << 62) - 1
@@ -111,28 +99,22 @@ class Producer:
             raise InvalidArgument(f"max_pending_bytes is at least 1: max_pending_bytes=`{max_pending_bytes}`")
         self.topic = full_topic(topic)
         self.name = "" if name is None else checked_name("producer", name)
-        self.batching = batching
-        self.codec = int(_CODECS[compression])
-        self.producer_id = b""
-        self.epoch = 0
-        self.next_sequence = 0
-        self._cluster = cluster
         self._lifetime = lifetime
-        self._max_pending = max_pending_bytes
+        self._timeout_s = cluster.timeout_s
+        self._lanes = Lanes(
+            cluster,
+            lifetime,
+            self.topic,
+            name=self.name,
+            batching=batching,
+            codec=_CODECS[compression],
+            max_pending=max_pending_bytes,
+            rerouted=self._forget_routes,
+        )
         self._max_messages = batching.max_messages
-        self._pending = 0
         self._numbering = False
         self._keyless = sealed_batch()
-        self._keyless_slot: int | None = None
         self._routes: dict[str | bytes, Route] = {}
-        self._layout = Layout(self.topic, 0, ())
-        self._lanes: dict[int, Lane] = {}
-        self._row: list[Lane] = []
-        self._row_of_slot: array[int] = array("H")
-        self._waiting: deque[tuple[asyncio.Future[None], int]] = deque()
-        self._admitted = False
-        self._failed: Batch | None = None
-        self._unlisten: Callable[[], None] | None = None
 
     # --- life ---
 
@@ -140,36 +122,12 @@ class Producer:
         """The topic exists on return; with a name, older connections of it are fenced. Raises MagnetarError."""
         self._lifetime.begin()
         try:
-            await self._find_shards()
-            if self.name:
-                await self._register()
-            else:
-                self.producer_id = os.urandom(16)
+            await self._lanes.open()
         except BaseException:
             self._lifetime.end()
             raise
-        self._unlisten = self._cluster.layouts.listen(self.topic, self._adopt)
         self._lifetime.opened()
         return self
-
-    async def _find_shards(self) -> None:
-        """Adopt the topic's layout; while it is split there may be moments without a complete one."""
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + self._cluster.timeout_s
-        delays = Delays(random.random)
-        self._adopt(await self._cluster.layouts.get(self.topic, create=True))
-        while not self._row:
-            if loop.time() >= deadline:
-                raise RetriableError(f"no open shards cover the topic, try again later: topic=`{self.topic}`")
-            await asyncio.sleep(delays.next_s())
-            self._adopt(await self._cluster.layouts.get(self.topic, create=True))
-
-    async def _register(self) -> None:
-        request = broker_pb2.RegisterProducerRequest(topic=self.topic, name=self.name).SerializeToString()
-        answer = await self._cluster.brokers.call(BROKER_SERVICE + "RegisterProducer", request)
-        registered = broker_pb2.RegisterProducerResponse.FromString(answer)
-        self.producer_id, self.epoch = registered.producer_id, registered.epoch
-        self._keyless_slot = slot_of(self.producer_id)
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -191,25 +149,15 @@ class Producer:
         if not self._lifetime.close():
             return
         try:
-            await asyncio.wait_for(self._drain(), self._cluster.timeout_s)
+            async with asyncio.timeout(self._timeout_s):
+                await self._lanes.drain()
         except TimeoutError:
-            self._fail_all(
-                ClusterUnavailable(
-                    f"the producer was closed before everything was confirmed, the outcome is unknown: "
-                    f"messages may or may not be stored: topic=`{self.topic}`"
-                )
-            )
+            pass  # What has not ended fails now, and says so.
         finally:
-            await self._stop()
-        if (error := self._unseen()) is not None:
+            await self._lanes.stop()
+            self._lifetime.end()
+        if (error := self._lanes.unseen()) is not None:
             raise error
-
-    async def _stop(self) -> None:
-        if self._unlisten is not None:
-            self._unlisten()
-        self._fail_all(ClusterUnavailable(f"the producer was closed, the outcome is unknown: topic=`{self.topic}`"))
-        self._lifetime.end()
-        await asyncio.gather(*(lane.stop() for lane in self._lanes.values()))
 
     # --- sending ---
 
@@ -227,7 +175,8 @@ class Producer:
         Raises QueueFull while `max_pending_bytes` are unconfirmed, MessageTooLarge, InvalidArgument, ProducerFenced,
         ClientClosed, or what happened to an earlier message whose receipt nobody awaited. Then nothing was sent.
         """
-        if self._lifetime.over is not None or self._failed is not None:
+        lanes = self._lanes
+        if self._lifetime.over is not None or lanes.failed is not None:
             self._raise_trouble()
         if type(payload) is not bytes:
             payload = payload_bytes(payload)
@@ -235,8 +184,8 @@ class Producer:
             return self._send_full(payload, key, properties, event_time, sequence)
         if key is None:
             cost = len(payload) + MESSAGE_OVERHEAD
-            if self._pending + cost > self._max_pending or cost > MESSAGE_BYTES_MAX or self._waiting:
-                self._check_room(cost, cost - MESSAGE_OVERHEAD)
+            if lanes.pending + cost > lanes.max_pending or cost > MESSAGE_BYTES_MAX or lanes.waiting:
+                lanes.check_room(cost, cost - MESSAGE_OVERHEAD)
             batch = self._keyless
             if batch.size + cost > batch.limit or len(batch.payloads) >= self._max_messages:
                 batch = self._keyless_batch(cost)
@@ -244,8 +193,8 @@ class Producer:
         else:
             key_bytes, slot, outbox = self._route(key)
             cost = len(payload) + len(key_bytes) + MESSAGE_OVERHEAD
-            if self._pending + cost > self._max_pending or cost > MESSAGE_BYTES_MAX or self._waiting:
-                self._check_room(cost, cost - MESSAGE_OVERHEAD)
+            if lanes.pending + cost > lanes.max_pending or cost > MESSAGE_BYTES_MAX or lanes.waiting:
+                lanes.check_room(cost, cost - MESSAGE_OVERHEAD)
             batch = outbox.open
             if batch.size + cost > batch.limit or len(batch.payloads) >= self._max_messages:
                 batch = outbox.begin(slot)
@@ -257,7 +206,7 @@ class Producer:
             batch.slots.append(slot)
         batch.payloads.append(payload)
         batch.size += cost
-        self._pending += cost
+        lanes.pending += cost
         return Receipt(batch, index)
 
     async def send(
@@ -285,14 +234,14 @@ class Producer:
                 payload, key=key, properties=properties, event_time=event_time, sequence=sequence
             )
         except QueueFull:
-            await self._turn(len(payload) + MESSAGE_OVERHEAD)
-            self._admitted = True
+            await self._lanes.turn(len(payload) + MESSAGE_OVERHEAD)
+            self._lanes.admitted = True
             try:
                 receipt = self.send_nowait(
                     payload, key=key, properties=properties, event_time=event_time, sequence=sequence
                 )
             finally:
-                self._admitted = False
+                self._lanes.admitted = False
         return await receipt
 
     async def send_many(
@@ -335,19 +284,9 @@ class Producer:
         Raises the first failure that nobody has seen yet.
         """
         self._lifetime.check()
-        await self._drain()
-        if (error := self._unseen()) is not None:
+        await self._lanes.drain()
+        if (error := self._lanes.unseen()) is not None:
             raise error
-
-    async def _drain(self) -> None:
-        batches = self._pending_batches()
-        for lane in self._row:
-            lane.press()
-        for batch in batches:
-            await Settled(batch, seen=False)
-
-    def _pending_batches(self) -> list[Batch]:
-        return [batch for lane in self._row for batch in lane.pending()]
 
     # --- handing over ---
 
@@ -366,10 +305,10 @@ class Producer:
         extra = properties_size(pairs) if pairs else 0
         key_bytes = None if key is None else self._route(key)[0]
         cost = cost_of(len(payload), key_bytes, extra, time_us)
-        self._check_room(cost, len(payload) + extra + len(key_bytes or b""))
+        self._lanes.check_room(cost, len(payload) + extra + len(key_bytes or b""))
         if key is None:
-            slot = self._slot_for_keyless()
-            outbox = self._row[self._row_of_slot[slot]].outbox
+            slot = self._lanes.slot_for_keyless()
+            outbox = self._lanes.outbox_for(slot)
         else:
             _, slot, outbox = self._route(key)
         if sequence is not None:
@@ -380,7 +319,7 @@ class Producer:
                 batch = self._keyless_batch(cost)
         else:
             batch = outbox.batch_for(cost, slot)
-        self._pending += cost
+        self._lanes.pending += cost
         return Receipt(batch, batch.append(cost, payload, key_bytes, slot, pairs, time_us))
 
     def _check_sequence(self, sequence: int | None) -> None:
@@ -412,10 +351,10 @@ class Producer:
             cost = sum(map(len, chunk)) + MESSAGE_OVERHEAD * len(chunk)
             if chunk_keys is not None:
                 cost += sum([len(key) for key in chunk_keys if key is not None])
-            if self._waiting or not self._has_room(cost):
-                await self._turn(cost)
+            if self._lanes.waiting or not self._lanes.has_room(cost):
+                await self._lanes.turn(cost)
                 self._lifetime.check()
-            self._pending += cost
+            self._lanes.pending += cost
             if chunk_keys is None:
                 places += self._put_keyless(chunk)
             elif order is not None:
@@ -424,10 +363,10 @@ class Producer:
     def _put_keyless(self, payloads: Sequence[bytes]) -> list[Place]:
         batch = self._keyless
         if batch.limit < 0:
-            slot = self._slot_for_keyless()
-            outbox = self._row[self._row_of_slot[slot]].outbox
+            slot = self._lanes.slot_for_keyless()
+            outbox = self._lanes.outbox_for(slot)
         else:
-            slot, outbox = batch.slot, self._lanes[batch.shard].outbox
+            slot, outbox = batch.slot, self._lanes.outbox_of(batch.shard)
         places = outbox.put_many(payloads, None, (), slot)
         # One batch, one slot: what comes next goes elsewhere unless there is room where this begins.
         self._keyless = outbox.open if places[0][0] is outbox.open else sealed_batch()
@@ -438,18 +377,19 @@ class Producer:
     ) -> None:
         slots = self._slots_of(keys)
         base = len(order)
-        if len(self._row) == 1:
-            places += self._row[0].outbox.put_many(payloads, keys, slots, slots[0])
+        outboxes = self._lanes.outboxes
+        if len(outboxes) == 1:
+            places += outboxes[0].put_many(payloads, keys, slots, slots[0])
             order.extend(range(base, base + len(payloads)))
             return
-        indices: list[list[int]] = [[] for _ in self._row]
-        for index, row in enumerate(map(self._row_of_slot.__getitem__, slots)):
-            indices[row].append(index)
+        indices: list[list[int]] = [[] for _ in outboxes]
+        for index, outbox in enumerate(self._lanes.numbers_of(slots)):
+            indices[outbox].append(index)
         numbers = array("Q", bytes(8 * len(payloads)))
         number = base
-        for lane, chosen in zip(self._row, indices, strict=True):
+        for outbox_of_these, chosen in zip(outboxes, indices, strict=True):
             if chosen:
-                places += lane.outbox.put_many(
+                places += outbox_of_these.put_many(
                     [payloads[i] for i in chosen],
                     [keys[i] for i in chosen],
                     [slots[i] for i in chosen],
@@ -463,7 +403,7 @@ class Producer:
     def _slots_of(self, keys: Sequence[bytes | None]) -> array[int]:
         if None not in keys:
             return slots_of(keys)  # type: ignore[arg-type]  # there is no None
-        keyless = self._slot_for_keyless()
+        keyless = self._lanes.slot_for_keyless()
         return array("H", [keyless if key is None else slot_of(key) for key in keys])
 
     # --- where messages go ---
@@ -476,7 +416,7 @@ class Producer:
         if route is None:
             key_bytes = key_to_bytes(key)
             slot = slot_of(key_bytes)
-            route = key_bytes, slot, self._row[self._row_of_slot[slot]].outbox
+            route = key_bytes, slot, self._lanes.outbox_for(slot)
             if len(key_bytes) > MESSAGE_BYTES_MAX:
                 raise too_large(len(key_bytes))
             if len(self._routes) >= ROUTES_MAX:
@@ -485,144 +425,30 @@ class Producer:
                 self._routes[key if isinstance(key, str) else key_bytes] = route
         return route
 
-    def _slot_for_keyless(self) -> int:
-        """Varies from batch to batch; but a named producer's keyless messages stay together across restarts."""
-        return random.getrandbits(16) if self._keyless_slot is None else self._keyless_slot
-
     def _keyless_batch(self, cost: int) -> Batch:
         """The batch for a keyless message when the one so far is full or gone."""
-        slot = self._slot_for_keyless()
-        self._keyless = self._row[self._row_of_slot[slot]].outbox.batch_for(cost, slot)
+        slot = self._lanes.slot_for_keyless()
+        self._keyless = self._lanes.outbox_for(slot).batch_for(cost, slot)
         return self._keyless
 
-    def _adopt(self, layout: Layout) -> None:
-        """Take a new layout. What waits for a shard that is not open any more goes to those that took its slots."""
-        shards = [shard for shard in layout.shards if shard.open]
-        if layout.epoch < self._layout.epoch or not _covers_all_slots(layout):
-            return
-        same = layout.same_shards(self._layout)
-        self._layout = layout
-        if same:
-            return
-        old = self._lanes
-        self._lanes = {}
-        for place in shards:
-            known = old.pop(place.shard_id, None)
-            self._lanes[place.shard_id] = known or Lane(self._cluster, self.topic, place, self)
-        self._row = [self._lanes[place.shard_id] for place in shards]
-        self._row_of_slot = array("H")
-        for row, place in enumerate(shards):
-            self._row_of_slot.extend(array("H", [row]) * (place.last_slot - place.first_slot + 1))
+    def _forget_routes(self) -> None:
+        """Shards took the place of others."""
         self._routes.clear()
         self._keyless = sealed_batch()
-        for lane in old.values():
-            self._move(lane)
 
-    def _move(self, lane: Lane) -> None:
-        """Everything of a lane goes to those that serve its slots now, in order: a key is always in one lane."""
-        batches = lane.take_all()
-        lane.abandon()
-        for batch in batches:
-            parts = regroup(batch, lambda slot: self._row[self._row_of_slot[slot]].shard_id)
-            self.replaced(batch, parts)
-            for part in parts:
-                self._lanes[part.shard].outbox.put(part)
-                self._lanes[part.shard].wake()
-
-    # --- budget and outcome ---
-
-    def _has_room(self, cost: int) -> bool:
-        """One message too large for the whole budget may go when nothing else is under way."""
-        return self._pending + cost <= self._max_pending or self._pending == 0
-
-    def _check_room(self, cost: int, size: int) -> None:
-        """Raises MessageTooLarge or QueueFull. size: of payload, key and properties."""
-        if size > MESSAGE_BYTES_MAX:
-            raise too_large(size)
-        if not self._admitted and (self._waiting or not self._has_room(cost)):
-            raise QueueFull(
-                f"too much is unconfirmed, wait for receipts or use send(): "
-                f"pending_bytes=`{self._pending}` max_pending_bytes=`{self._max_pending}`"
-            )
-
-    async def _turn(self, cost: int) -> None:
-        """Wait for room, first come, first served: a later message never overtakes one that waits."""
-        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append((future, cost))
-        self._admit_waiting()
-        try:
-            await future
-        except asyncio.CancelledError:
-            if future.done() and not future.cancelled():
-                self._pending -= cost
-                self._admit_waiting()
-            raise
-        # What was set aside is counted again by whoever waited, before anyone else runs.
-        self._pending -= cost
-
-    def _admit_waiting(self) -> None:
-        while self._waiting:
-            future, cost = self._waiting[0]
-            if not future.done():
-                if self._lifetime.over is None and not self._has_room(cost):
-                    return
-                self._pending += cost
-                future.set_result(None)
-            self._waiting.popleft()
-
-    def settled(self, batches: Sequence[Batch]) -> None:
-        for batch in batches:
-            self._pending -= batch.size
-            if batch.error is not None and batch.listened < batch.count and self._failed is None:
-                self._failed = batch
-        if self._waiting and batches:
-            self._admit_waiting()
-
-    def replaced(self, batch: Batch, parts: Sequence[Batch]) -> None:
-        self._pending += sum(part.size for part in parts) - batch.size
-
-    def lane_failed(self, refused: Refused) -> None:
-        error = refused.public()
-        self._lifetime.fail(error)
-        self._fail_all(error)
-        for lane in self._row:
-            lane.abandon()
-
-    def _fail_all(self, error: MagnetarError) -> None:
-        for lane in self._row:
-            lane.fail(error)
-        self._admit_waiting()
-
-    def _unseen(self) -> MagnetarError | None:
-        """The failure of a message that nobody waited for, once."""
-        batch, self._failed = self._failed, None
-        if batch is None or batch.error is None or batch.listened >= batch.count:
-            return None
-        return batch.error.again()
+    # --- state ---
 
     @property
     def pending_bytes(self) -> int:
         """Bytes that are not confirmed yet, as they count against `max_pending_bytes`."""
-        return self._pending
+        return self._lanes.pending
 
     @property
     def max_pending_bytes(self) -> int:
         """The budget that the producer was made with."""
-        return self._max_pending
+        return self._lanes.max_pending
 
     def _raise_trouble(self) -> None:
         self._lifetime.check()
-        if (error := self._unseen()) is not None:
+        if (error := self._lanes.unseen()) is not None:
             raise error
-
-
-def _covers_all_slots(layout: Layout) -> bool:
-    """The open shards have each slot exactly once. Between the sealing of a shard and the opening of its children a
-    layout does not; then messages wait where they are."""
-    next_slot = 0
-    for shard in layout.shards:
-        if shard.open:
-            if shard.first_slot != next_slot:
-                return False
-            next_slot = shard.last_slot + 1
-    return next_slot == SLOTS

@@ -124,6 +124,10 @@ class SubscriptionFeed(Feed):
     def _confirmed(self, group: AckGroup) -> None:
         """The group is durable."""
 
+    def nack_batch(self, batch: MessageBatch) -> Completion:
+        """Give back all of a batch that is held."""
+        return self.nack(batch, 0)
+
     # --- seeking ---
 
     def seek(self, position: metadata_pb2.StartPosition) -> Seek:

@@ -211,6 +211,11 @@ class Producer(_Scoped[aio_producer.Producer]):
         self._posting = threading.Lock()
 
     @property
+    def name(self) -> str:
+        """Empty for a producer without a name."""
+        return self._inner.name
+
+    @property
     def pending_bytes(self) -> int:
         """Bytes that are not confirmed yet, as they count against `max_pending_bytes`."""
         return self._inner.pending_bytes + self._posted_bytes
@@ -264,7 +269,7 @@ class _Receiver(_Scoped[ReceiverT]):
 
     def __init__(self, portal: Callable[[], Portal], inner: ReceiverT) -> None:
         super().__init__(portal, inner)
-        inner.hand_over = portal().post
+        inner._intake.hand_over = portal().post
         self._fetched: deque[Message] = deque()
 
     def receive(self, timeout: float | None = None) -> Message:
@@ -287,7 +292,7 @@ class _Receiver(_Scoped[ReceiverT]):
         self._raise_unseen()
         message = self._next_fetched()
         while message is None:
-            fetched = self._portal().run(self._inner.receive_batch(self._inner.chunk_messages))
+            fetched = self._portal().run(self._inner.receive_batch(self._inner._inbox.chunk_messages))
             if not fetched:
                 raise StopIteration
             self._fetched.extend(fetched)

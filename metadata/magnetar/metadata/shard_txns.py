@@ -157,13 +157,14 @@ def _session_lives(keyspace: Keyspace, owner: Owner) -> Compare:
 def claim_txn(
     keyspace: Keyspace, snapshot: ShardSnapshot, session: Owner, mark: bytes, *, from_owner_alive: bool
 ) -> ShardTxn:
-    """Epoch + 1, `session` the owner, all ledgers that are not CLOSED in recovery under the new epoch.
+    """A higher epoch, `session` the owner, all ledgers that are not CLOSED in recovery under the new epoch.
 
     It holds only while `session` lives and, unless the owner knows of it (`from_owner_alive`), the old owner does not.
     `mark` goes into the `owned/` key: two claims of one session write equal records, the mark tells whose was applied.
     """
     old = snapshot.record
-    epoch = old.epoch + 1
+    # A recovery without a claim raises a ledger's epoch past the shard's; bookies refuse whatever is lower.
+    epoch = max(old.epoch, *(ledger.epoch for ledger in snapshot.ledgers.values()), 0) + 1
     record = replace(old, epoch=epoch, owner=session)
     ledgers = {i: ledger.with_state(LedgerState.IN_RECOVERY, epoch) for i, ledger in snapshot.ledgers.items()}
     txn = ShardTxn(record, ledgers)

@@ -469,18 +469,21 @@ class QueueDispatch(Dispatch):
     def acked(self, consumer: int | None, ranges: Sequence[tuple[int, int]]) -> None:
         """The cursor acknowledges these now, whoever had them; `consumer` is who said so."""
         state = self.consumers.get(consumer) if consumer is not None else None
-        long = [item for item in ranges if item[1] - item[0] > RANGE_IN_BITS_MAX]
-        for start, end in long:
-            self._drop_waiting(start, end)
-            for other in self.consumers.values():
-                self._settle(other, other.pending.take_range(start, end))
-            self.returned.counts.forget(start, end)
-        for start, bits in pieces_of(item for item in ranges if item not in long) if long else pieces_of(ranges):
+        for start, end in ranges:
+            if end - start > RANGE_IN_BITS_MAX:
+                self._acked_range(start, end)
+        for start, bits in pieces_of(item for item in ranges if item[1] - item[0] <= RANGE_IN_BITS_MAX):
             settled = self._settle(state, [(start, state.pending.remove(start, bits))]) if state is not None else 0
             if settled != bits.bit_count():
                 self._acked_elsewhere(start, bits)
             if self.returned.counts:
                 self.returned.counts.forget_bits(start, bits)
+
+    def _acked_range(self, start: int, end: int) -> None:
+        self._drop_waiting(start, end)
+        for state in self.consumers.values():
+            self._settle(state, state.pending.take_range(start, end))
+        self.returned.counts.forget(start, end)
 
     def _acked_elsewhere(self, start: int, bits: int) -> None:
         self._taken_up(start, self.returned.waiting.remove(start, bits))

@@ -53,7 +53,7 @@ def indices(bits: int) -> list[int]:
 
 
 def pieces_of(ranges: Iterable[tuple[int, int]]) -> Iterable[tuple[int, int]]:
-    """The offsets of these ranges as (start, bits), each chunk once. For ranges that are not much longer than a chunk."""
+    """The offsets of these ranges as (start, bits), each chunk once: for ranges of a few chunks at most."""
     chunks: dict[int, int] = {}
     for start, end in ranges:
         while start < end:
