@@ -20,7 +20,7 @@ from unittest.mock import patch
 
 import pytest
 
-from magnetar.cli.main import run_command_line
+from magnetar.cli.verbs import run_command_line
 
 COMMAND = [sys.executable, "-m", "magnetar.cli.main"]
 TIMEOUT_S = 40.0

@@ -84,16 +84,13 @@ def test_what_was_acknowledged_survives_a_sigkill(magnetar: Any, start: Start, t
     assert read(magnetar, where, "--no-wait") == "".join(f"row {number}\n" for number in range(1000, 3000))
 
 
-def test_it_tells_over_http_that_it_is_ready_and_what_it_counts(start: Start, tmp_path: Path) -> None:
-    _, where = start(tmp_path)
+def test_it_serves_http_and_keeps_a_second_one_out(magnetar: Any, start: Start, tmp_path: Path) -> None:
+    server, where = start(tmp_path)
     for path, words in (("livez", b'"ok": true'), ("readyz", b'"ok": true'), ("metrics", b"magnetar_")):
         with urllib.request.urlopen(f"{where['http']}/{path}", timeout=10) as answer:
             assert words in answer.read()
-
-
-def test_a_second_one_on_the_same_directory_is_refused(magnetar: Any, start: Start, tmp_path: Path) -> None:
-    server, where = start(tmp_path)
     assert refused(magnetar, tmp_path, str(tmp_path), "another process", "another data directory")
+    # The first one did not notice.
     send(magnetar, where, b"still here\n")
     assert server.end().code == 0
 
@@ -114,31 +111,43 @@ def test_a_directory_that_cannot_be_used_is_named(magnetar: Any, tmp_path: Path)
         assert refused(magnetar, folder, f"cannot use {folder}", "choose another --data-dir")
 
 
-def test_the_bookies_of_another_cluster_are_refused(magnetar: Any, start: Start, tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        server, _ = start(tmp_path / name)
+@pytest.fixture(scope="module")
+def stopped(magnetar: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a standalone that was stopped; tests damage a copy of it."""
+    folder = tmp_path_factory.mktemp("stopped")
+    server = magnetar.start(*ARGUMENTS, "--data-dir", folder)
+    try:
+        send(magnetar, json.loads(server.process.stdout.readline()), b"a\n")
+    finally:
         assert server.end().code == 0
-    shutil.rmtree(tmp_path / "a" / "bookie0")
-    assert refused(magnetar, tmp_path / "a", "bookie0", "disk was lost or swapped")
-    shutil.copytree(tmp_path / "b" / "bookie0", tmp_path / "a" / "bookie0", dirs_exist_ok=True)
-    assert refused(magnetar, tmp_path / "a", "another cluster")
+    return folder
 
 
-def test_a_damaged_store_is_refused_and_not_started_empty(magnetar: Any, start: Start, tmp_path: Path) -> None:
-    server, where = start(tmp_path)
-    send(magnetar, where, b"a\n")
+def test_a_bookie_whose_disk_is_gone_is_refused(magnetar: Any, stopped: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(stopped, tmp_path / "copy")
+    shutil.rmtree(folder / "bookie0")
+    assert refused(magnetar, folder, "bookie0", "disk was lost or swapped")
+
+
+def test_a_bookie_of_another_cluster_is_refused(magnetar: Any, start: Start, stopped: Path, tmp_path: Path) -> None:
+    server, _ = start(tmp_path / "other")
     assert server.end().code == 0
-    for path in (tmp_path / "bookie0").rglob("CURRENT"):
-        path.write_bytes(b"garbage\n")
-    assert refused(magnetar, tmp_path, "bookie0")
+    shutil.rmtree(tmp_path / "other" / "bookie0")
+    shutil.copytree(stopped / "bookie0", tmp_path / "other" / "bookie0")
+    assert refused(magnetar, tmp_path / "other", "another cluster")
 
 
-def test_damaged_metadata_is_refused_and_not_started_empty(magnetar: Any, start: Start, tmp_path: Path) -> None:
-    server, _ = start(tmp_path)
-    assert server.end().code == 0
-    [database] = tmp_path.glob("metadata.sqlite")
-    database.write_bytes(b"garbage" * 1000)
-    assert refused(magnetar, tmp_path, "metadata.sqlite")
+def test_a_damaged_store_is_refused_and_not_started_empty(magnetar: Any, stopped: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(stopped, tmp_path / "copy")
+    [current] = (folder / "bookie0").rglob("CURRENT")
+    current.write_bytes(b"garbage\n")
+    assert refused(magnetar, folder, "the store is damaged", "bookie0")
+
+
+def test_damaged_metadata_is_refused_and_not_started_empty(magnetar: Any, stopped: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(stopped, tmp_path / "copy")
+    (folder / "metadata.sqlite").write_bytes(b"garbage" * 1000)
+    assert refused(magnetar, folder, "metadata.sqlite", "not a database")
 
 
 def test_fewer_bookies_than_hold_data_are_refused(tmp_path: Path) -> None:
@@ -154,7 +163,7 @@ def test_fewer_bookies_than_hold_data_are_refused(tmp_path: Path) -> None:
 
 def test_without_the_server_packages_the_command_says_what_to_install() -> None:
     program = (
-        "import sys; sys.modules['structlog'] = None; from magnetar.cli.main import run_command_line; "
+        "import sys; sys.modules['structlog'] = None; from magnetar.cli.verbs import run_command_line; "
         "sys.exit(run_command_line(['standalone']))"
     )
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import os
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -171,24 +171,50 @@ async def test_no_task_is_left_behind(broker: ScriptedBroker) -> None:
     assert not [name for name in left if name.startswith(("/magnetar", "Lane", "StreamFeed", "resolve"))]
 
 
-async def test_a_forked_child_gets_a_clear_error(broker: ScriptedBroker) -> None:
-    async with connect(broker.address) as client, client.producer("clicks") as producer:
+ASYNCHRONOUS_PARENT = """
+async def main():
+    async with connect(sys.argv[1]) as client, client.producer("clicks") as producer:
         await producer.send(b"x")
-        reading, writing = os.pipe()
-        child = os.fork()
-        if child == 0:
-            answers = []
-            for use in (lambda: producer.send_nowait(b"y"), lambda: client.producer("clicks")):
-                try:
-                    use()
-                    answers.append("nothing")
-                except ClientClosed as error:
-                    answers.append(str(error))
-            os.write(writing, "|".join(answers).encode())
-            os._exit(0)
-        os.waitpid(child, 0)  # noqa: ASYNC222
-        said = os.read(reading, 10_000).decode().split("|")
-        os.close(reading)
-        os.close(writing)
-        assert all("connect again after a fork" in answer for answer in said)
-        assert (await producer.send(b"z")).offset == 1
+        in_a_child(lambda: producer.send_nowait(b"y"), lambda: client.producer("clicks"))
+        print("offset", (await producer.send(b"z")).offset)
+
+from magnetar.client import connect
+asyncio.run(main())
+"""
+
+BLOCKING_PARENT = """
+from magnetar.client.sync import connect
+with connect(sys.argv[1]) as client, client.producer("clicks") as producer:
+    producer.send(b"x")
+    in_a_child(lambda: producer.send(b"y"), lambda: client.producer("clicks").__enter__())
+    in_a_child(lambda: client.__exit__(None, None, None))
+    print("offset", producer.send(b"z").offset)
+"""
+
+IN_A_CHILD = """
+import asyncio, os, sys
+
+def in_a_child(*uses):
+    child = os.fork()
+    if child == 0:
+        for use in uses:
+            try:
+                use()
+            except Exception as error:
+                print(type(error).__name__, error, flush=True)
+        os._exit(0)
+    os.waitpid(child, 0)
+"""
+
+
+@pytest.mark.parametrize("parent", [ASYNCHRONOUS_PARENT, BLOCKING_PARENT], ids=["asynchronous", "blocking"])
+async def test_a_forked_child_gets_a_clear_error_and_the_parent_goes_on(broker: ScriptedBroker, parent: str) -> None:
+    # In a process of its own: the client prepares gRPC for forks when it is the first to import it.
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", IN_A_CHILD + parent, broker.address, stdout=asyncio.subprocess.PIPE
+    )
+    said, _ = await process.communicate()
+    lines = said.decode().splitlines()
+    assert [line.split()[0] for line in lines] == ["ClientClosed", "ClientClosed", "offset"]
+    assert all("connect again after a fork" in line for line in lines[:2])
+    assert lines[2] == "offset 1"

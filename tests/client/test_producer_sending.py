@@ -227,6 +227,10 @@ class TestSendMany:
         async with client.producer("clicks") as producer:
             with pytest.raises(InvalidArgument, match="keys=`1` payloads=`2`"):
                 await producer.send_many([b"a", b"b"], keys=["k"])
+            with pytest.raises(InvalidArgument, match="UTF-8"):
+                await producer.send_many([b"a"], keys=["\ud800"])
+            with pytest.raises(InvalidArgument, match="bytes"):
+                await producer.send_many("text")  # type: ignore[arg-type]
 
     async def test_a_failure_tells_which_messages_are_stored(self, cluster: ScriptedCluster, client: Client) -> None:
         async with client.producer("clicks", batching=Batching(max_messages=2)) as producer:

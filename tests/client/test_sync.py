@@ -178,22 +178,3 @@ def test_the_thread_ends_with_the_client(cluster: ScriptedCluster) -> None:
     with connect(cluster.brokers[0].address) as client, client.producer("clicks") as producer:
         producer.send(b"x")
     assert "magnetar-client" not in {thread.name for thread in threading.enumerate()}
-
-
-def test_a_forked_child_gets_a_clear_error(client: Client) -> None:
-    with client.producer("clicks") as producer:
-        producer.send(b"x")
-        reading, writing = os.pipe()
-        child = os.fork()
-        if child == 0:
-            try:
-                producer.send(b"y")
-                os.write(writing, b"nothing")
-            except ClientClosed as refused:
-                os.write(writing, str(refused).encode())
-            client.__exit__(None, None, None)
-            os._exit(0)
-        os.waitpid(child, 0)
-        assert b"connect again after a fork" in os.read(reading, 10_000)
-        os.close(reading)
-        os.close(writing)

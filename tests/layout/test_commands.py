@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import typer
 
-from magnetar.cli.main import app, run_command_line
+from magnetar.cli.verbs import app, run_command_line
 
 README = (Path(__file__).resolve().parents[2] / "README.md").read_text()
 MUTATING = {"create", "delete", "seek", "produce", "consume", "publish"}
@@ -127,7 +127,7 @@ def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) 
 
 def test_help_needs_neither_grpc_nor_a_table() -> None:
     program = (
-        "import sys; from magnetar.cli import main; code = main.run_command_line(['--version']); "
+        "import sys; from magnetar.cli import verbs; code = verbs.run_command_line(['--version']); "
         "heavy = {'grpc', 'google.protobuf', 'rich', 'magnetar.client'} & set(sys.modules); "
         "sys.exit(code or len(heavy))"
     )

@@ -103,7 +103,7 @@ def test_the_wheel_and_the_editable_install_name_the_same_roots() -> None:
 
 def test_the_client_and_the_command_start_without_what_only_servers_need() -> None:
     program = (
-        "import sys; import magnetar.client, magnetar.cli.main; "
+        "import sys; import magnetar.client, magnetar.cli.verbs; "
         "heavy = {'rocksdict', 'pyroaring', 'uvloop', 'prometheus_client', 'structlog', 'magnetar.node'}; "
         "sys.exit(', '.join(sorted(heavy & set(sys.modules))) or 0)"
     )

@@ -10,7 +10,7 @@ from log_world import Cluster, OpenLog, until
 
 from magnetar.managed_log.log import CursorNotFound, InvalidAck, LogReleased, LogSettings
 from magnetar.metadata.records import Owner, SubscriptionType
-from magnetar.metadata.store import Operation, Put
+from magnetar.metadata.store import Compare, Operation, Put, TxnResult
 
 QUEUE, STREAM = SubscriptionType.QUEUE, SubscriptionType.STREAM
 SMALL = LogSettings(cursor_ledger_bytes=400, retry_first_s=0.001, retry_last_s=0.01)
@@ -207,6 +207,42 @@ async def test_a_bookie_that_stops_does_not_stop_acknowledgements(cluster: Clust
     for offset in range(1, 50, 2):
         await owner.log.ack("s", ranges=[(offset, offset + 1)])
     assert position(await cluster.take_over(owner)) == (0, list(range(1, 50, 2)))
+
+
+async def test_an_ensemble_change_of_unknown_outcome_holds_up_neither_acknowledgements_nor_a_roll(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await cluster.start_bookie("bookie3")
+    owner = await cluster.open(settings=LogSettings(segment_bytes=2_000))
+    await owner.log.create_cursor("s", 1, QUEUE, 0)
+    while not owner.log.record.next_ledger:
+        await owner.append(b"0" * 50)
+    answering, deliver = asyncio.Event(), cluster.store.txn
+
+    async def slow(compares: Sequence[Compare], operations: Sequence[Operation]) -> TxnResult:
+        await answering.wait()
+        return await deliver(compares, operations)
+
+    monkeypatch.setattr(cluster.store, "txn", slow)
+    left, cursors = owner.log._appender.handle, owner.log._cursors._handle
+    assert left is not None
+    assert cursors is not None
+    cluster.cut.add(min(set(left.record.fragments[0].bookies) & set(cursors.record.fragments[0].bookies)))
+    async with asyncio.timeout(20):
+        await owner.append(b"seen by two")
+        await owner.log.ack("s", floor=1)
+        await until(lambda: left._core.change_in_flight and cursors._core.change_in_flight)
+        while owner.log._appender.handle is left:
+            await owner.append(b"0" * 50)
+        await owner.append(b"in the next ledger")
+        await owner.log.ack("s", floor=owner.log.end_offset)
+    answering.set()
+    await until(lambda: owner.log._shard._tasks == set())
+    await cluster.check()
+    end_offset = owner.log.end_offset
+    successor = await cluster.take_over(owner)
+    assert position(successor) == (end_offset, [])
+    await cluster.check()
 
 
 async def test_the_state_of_a_million_holes_survives(cluster: Cluster) -> None:

@@ -213,6 +213,28 @@ async def test_a_segment_ends_by_age_without_a_successor_and_only_if_not_empty(c
     await cluster.check()
 
 
+async def test_a_segment_that_ends_by_age_while_its_successor_is_being_linked_moves_on_to_it(cluster: Cluster) -> None:
+    owner = await cluster.open(settings=LogSettings(segment_bytes=2_000, segment_s=60, retry_first_s=0.001))
+    await fill(owner, 0, 1)
+    cluster.store.silent = True
+    count = 1
+    while owner.log._appender.open_bytes < 1_500:
+        await fill(owner, count, 1)
+        count += 1
+    cluster.clock.now += 61_000_000
+    owner.log._appender.tick()
+    await until(lambda: owner.log._appender.state.value == "leaving")
+    cluster.store.silent = False
+    await until(lambda: owner.log._shard._tasks == set())
+    await fill(owner, count, 1)
+    await until(lambda: owner.log._shard._tasks == set())
+    await cluster.check()
+    assert await owner.read_all() == numbered(0, count + 1)
+    successor = await cluster.take_over(owner)
+    assert await successor.read_all() == numbered(0, count + 1)
+    await cluster.check()
+
+
 async def test_old_segments_move_to_pages_and_are_read_from_there(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:

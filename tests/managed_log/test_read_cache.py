@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -57,6 +59,18 @@ def test_an_entry_larger_than_the_budget_is_not_kept() -> None:
     cache.put_appended(1, entry(0))
     cache.put_appended(1, entry(1, size=1 << 20))
     assert offsets(cache.get(1, 0, 1 << 30)) == [0]
+
+
+def test_what_was_evicted_is_let_go_at_once() -> None:
+    cache = ReadCache(cost(8), catch_up_part=0.5)
+    payload = bytes(100)
+    before = sys.getrefcount(payload)
+    cache.put_read(1, StoredEntry(0, 1, 0, [EntryBatch(0, 1, payload)]))
+    assert sys.getrefcount(payload) == before + 1
+    for offset in range(1, 6):
+        cache.put_read(1, entry(offset))
+    assert not cache.has(1, 0)
+    assert sys.getrefcount(payload) == before
 
 
 @given(

@@ -8,8 +8,8 @@ import pytest
 from log_world import Cluster, OpenLog, until
 
 from magnetar.managed_log import chain as chains
-from magnetar.managed_log.log import LogSettings, OffsetTrimmed
-from magnetar.metadata.records import SubscriptionType
+from magnetar.managed_log.log import LogReleased, LogSettings, OffsetTrimmed
+from magnetar.metadata.records import Owner, SubscriptionType
 from magnetar.metadata.shards import ShardMetadata, ShardNotFound
 from magnetar.metadata.store import OPERATIONS_MAX
 
@@ -183,3 +183,27 @@ async def test_a_deletion_that_was_cut_off_is_finished_by_the_next_owner(cluster
     await successor.log.delete()
     with pytest.raises(ShardNotFound):
         await ShardMetadata.load(cluster.store, cluster.keyspace, 1)
+
+
+async def test_a_change_that_waits_when_the_shard_is_lost_says_so(cluster: Cluster) -> None:
+    """Not as a cancellation: that would end the task that trims all shards of a broker."""
+    owner = await filled(cluster, 4)
+    await idle(owner)
+    cluster.store.silent = True
+    changes = [asyncio.create_task(owner.log.renew_session(Owner("broker0", n))) for n in (1, 2)]
+    for _ in range(5):
+        await asyncio.sleep(0)
+    owner.log.abandon()
+    for change in changes:
+        with pytest.raises(LogReleased):
+            await change
+
+
+async def test_a_trim_that_wants_a_snapshot_when_the_shard_is_lost_does_not_wait_for_ever(cluster: Cluster) -> None:
+    owner = await filled(cluster, 4)
+    await owner.log.create_cursor("s", 1, QUEUE, 0)
+    await idle(owner)
+    owner.log.abandon()
+    with pytest.raises(LogReleased):
+        async with asyncio.timeout(1):
+            await owner.log._cursors.store_snapshot()

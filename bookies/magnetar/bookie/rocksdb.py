@@ -59,8 +59,8 @@ SMALL_FAMILY_BYTES = 1 << 20
 OPEN_FILES_MAX = 128
 MEMTABLES_MAX = 4
 READ_THREADS = 2
-CHUNK_ENTRIES_FIRST = 16
 CHUNK_ENTRIES_MAX = 256
+CHUNK_GROWTH = 4
 REWRITE_SHARE = 0.25
 
 _KEY = struct.Struct(">QQ")
@@ -229,11 +229,14 @@ class RocksEntryStore:
         return [EntryRead(self._read_values(query), self._mark(query.ledger_id)) for query in queries]
 
     def _read_values(self, query: EntryQuery) -> list[bytes | Damaged | None]:
-        """Reads in chunks: how many entries fit is known only from those that came."""
+        """Reads in growing chunks: how many entries fit is known only from those that came.
+
+        One entry may be as large as all that is asked for. A first chunk of 16 would read 16 MiB to answer 1.
+        """
         values: list[bytes | Damaged | None] = []
         size_bytes = 0
         end = min(query.last, query.first + ENTRIES_PER_READ_MAX - 1) + 1
-        chunk = min(CHUNK_ENTRIES_FIRST, max(1, query.max_bytes >> 16))
+        chunk = 1
         while (start := query.first + len(values)) < end:
             keys = [_KEY.pack(query.ledger_id, entry_id) for entry_id in range(start, min(end, start + chunk))]
             for value in _get(self._entries, keys):
@@ -242,7 +245,7 @@ class RocksEntryStore:
                     return values
                 values.append(value)
             fitting = (query.max_bytes - size_bytes) * len(values) // size_bytes if size_bytes else CHUNK_ENTRIES_MAX
-            chunk = max(1, min(fitting, CHUNK_ENTRIES_MAX))
+            chunk = max(1, min(fitting, chunk * CHUNK_GROWTH, CHUNK_ENTRIES_MAX))
         return values
 
     async def marks(self) -> list[tuple[int, LedgerMark]]:

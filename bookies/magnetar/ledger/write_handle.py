@@ -142,6 +142,13 @@ class WriteHandle:
             self._loop.call_soon(self._flush)
         return entry_id
 
+    async def confirmed(self) -> None:
+        """Returns when all that was added is confirmed; the outcome of an ensemble change may still be unknown.
+
+        Raises LedgerLost, WriterClosed (abandoned).
+        """
+        await self._until(lambda: self._core.in_flight_entries == 0)
+
     async def drain(self) -> None:
         """Returns when all that was added is confirmed and no ensemble change is under way. Raises LedgerLost,
         WriterClosed (abandoned)."""

@@ -9,6 +9,7 @@ async with connect("localhost:7650") as client:
             consumer.ack(message)
 """
 
+from magnetar.client import grpc_environment as _grpc_environment  # noqa: F401  first: see there
 from magnetar.client.admin import (
     Admin,
     ClusterHealth,

@@ -133,8 +133,8 @@ class Stream(ABC, Generic[HandleT]):
             log.exception("stream failed: broker=`%s`", self.address)
             refused = unavailable(f"the client failed: {error!r} broker=`{self.address}`")
         finally:
-            stream.cancel()
             self._end(refused)
+            await stream.close()
 
     async def _greet(self, stream: RpcStream) -> None:
         await stream.write(self._greeting())

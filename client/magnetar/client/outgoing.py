@@ -52,7 +52,11 @@ def checked_properties(properties: Mapping[str, str]) -> dict[str, str]:
 
 
 def key_column(keys: Iterable[str | bytes | None], payloads: Sequence[bytes]) -> list[bytes | None]:
-    column = [None if key is None else key.encode() if type(key) is str else key_to_bytes(key) for key in keys]
+    """The keys of these payloads as they travel. Raises InvalidArgument."""
+    try:
+        column = [None if key is None else key.encode() if type(key) is str else key_to_bytes(key) for key in keys]
+    except UnicodeEncodeError as error:
+        raise InvalidArgument(f"a key cannot be encoded as UTF-8: {error.reason}") from None
     if len(column) != len(payloads):
         raise InvalidArgument(f"there is one key for each payload: keys=`{len(column)}` payloads=`{len(payloads)}`")
     return column
@@ -61,7 +65,7 @@ def key_column(keys: Iterable[str | bytes | None], payloads: Sequence[bytes]) ->
 def check_sizes(payloads: Sequence[bytes], keys: Sequence[bytes | None] | None) -> None:
     """Raises MessageTooLarge."""
     longest = max(map(len, payloads), default=0)
-    longest_key = max((len(key) for key in keys if key is not None), default=0) if keys is not None else 0
+    longest_key = max(map(len, filter(None, keys)), default=0) if keys is not None else 0
     if longest + longest_key <= MESSAGE_BYTES_MAX:
         return
     for payload, key in zip(payloads, keys or [None] * len(payloads), strict=True):

@@ -350,7 +350,7 @@ class Producer:
             chunk_keys = None if keys is None else keys[start:stop]
             cost = sum(map(len, chunk)) + MESSAGE_OVERHEAD * len(chunk)
             if chunk_keys is not None:
-                cost += sum([len(key) for key in chunk_keys if key is not None])
+                cost += sum(map(len, filter(None, chunk_keys)))
             if self._lanes.waiting or not self._lanes.has_room(cost):
                 await self._lanes.turn(cost)
                 self._lifetime.check()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from typing import Any, Protocol
 
 import grpc
@@ -14,6 +15,9 @@ from magnetar.v1 import common_pb2
 
 MESSAGE_BYTES_MAX = 8 << 20
 """Hard limit of one frame on every channel."""
+
+CLOSE_S_MAX = 1.0
+"""For gRPC to end a call that was broken off here."""
 
 ERROR_METADATA_KEY = "magnetar-error-bin"
 
@@ -45,7 +49,8 @@ class RpcStream(Protocol):
     async def read(self) -> bytes | None:
         """The next frame; None when the broker sends no more."""
 
-    def cancel(self) -> None: ...
+    async def close(self) -> None:
+        """Break it off. On return nothing of it is under way in the event loop."""
 
 
 class BrokerRpc(Protocol):
@@ -121,8 +126,11 @@ class GrpcStream:
             raise self._cut_off() from None
         return None if frame is grpc.aio.EOF else bytes(frame)
 
-    def cancel(self) -> None:
+    async def close(self) -> None:
         self._call.cancel()
+        with suppress(TimeoutError, asyncio.CancelledError):
+            async with asyncio.timeout(CLOSE_S_MAX):
+                await self._call.code()
 
     def _cut_off(self) -> Refused:
         return unavailable(f"the connection was cut off: broker=`{self._address}`")

@@ -112,8 +112,11 @@ class Admin:
     async def delete_topic(self, data: bytes, _context: Context) -> bytes:
         request = parse(pb.DeleteTopicRequest, data)
         topic = topic_name(request.topic)
-        record = await self._topics.marked(topic) or await self._topics.get(topic)
-        shards = [shard for shard in await self._shards_as_recorded(record) if shard is not None]
+        if (marked := await self._topics.marked(topic)) is not None:
+            described = await self._shards_as_recorded(marked)
+        else:
+            described = list((await self._describe(await self._topics.get(topic))).shards)
+        shards = [shard for shard in described if shard is not None]
         if not request.dry_run:
             await self._broker.delete_topic(topic)
         segments = [segment for shard in shards for segment in shard.segments]

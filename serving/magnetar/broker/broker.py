@@ -11,10 +11,11 @@ import asyncio
 import itertools
 import random
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, Self
+from typing import Self
 
 import structlog
 from prometheus_client import CollectorRegistry
@@ -37,6 +38,7 @@ from magnetar.ledger.bookie_rpc import Bookies
 from magnetar.ledger.client import LedgerClient, LedgerSettings
 from magnetar.managed_log.cache import ReadCache
 from magnetar.managed_log.settings import LogSettings
+from magnetar.metadata.backoff import Backoff
 from magnetar.metadata.ids import IdBlocks
 from magnetar.metadata.keyspace import Keyspace
 from magnetar.metadata.records import BrokerRegistration, Owner, SubscriptionRecord, TopicRecord
@@ -99,6 +101,7 @@ class Broker:
         rng: random.Random,
     ) -> None:
         self.settings = settings
+        self._rng = rng
         self.max_message_bytes = settings.max_message_bytes
         self.port = 0
         self.address = settings.advertised_address
@@ -142,10 +145,10 @@ class Broker:
         await self.view.start()
         await self.topics.start()
         self._serving = True
-        self._spawn(self._trim_loop(), "trim")
-        self._spawn(self._forget_loop(), "forget producers")
-        self._spawn(self._doubt_loop(), "doubt")
-        self._spawn(self._sweep_loop(), "sweep")
+        self._spawn(self._trim_loop, "trim")
+        self._spawn(self._forget_loop, "forget producers")
+        self._spawn(self._doubt_loop, "doubt")
+        self._spawn(self._sweep_loop, "sweep")
         log.info("broker serves", broker=self.settings.id, address=self.address)
 
     async def stop(self) -> None:
@@ -296,7 +299,7 @@ class Broker:
     # --- what the watches and the session say ---
 
     def _session_began(self, session: Owner) -> None:
-        self._spawn(self.served.renew(session), "renew session")
+        self._spawn(partial(self.served.renew, session), "renew session")
         self._sweep_wanted.set()
 
     def _session_lost(self) -> None:
@@ -314,7 +317,7 @@ class Broker:
         elif record.deleting:
             self._remember_going(topic)
             for shard in self.served.of_topic(topic):
-                self._spawn(self.served.delete(shard.shard_id), "delete shard")
+                self._spawn(partial(self.served.delete, shard.shard_id), "delete shard")
 
     def _remember_going(self, topic: str) -> None:
         if len(self._going) < GOING_TOPICS_MAX:
@@ -322,12 +325,12 @@ class Broker:
 
     def _subscription_changed(self, topic: str, name: str, _record: SubscriptionRecord | None) -> None:
         for shard in self.served.of_topic(topic):
-            self._spawn(shard.subscription_changed(name), "subscription changed")
+            self._spawn(partial(shard.subscription_changed, name), "subscription changed")
 
     def _changes_missed(self) -> None:
         self._resolver.everything_changed()
         if len(self.served):
-            self._spawn(self._catch_up(), "catch up")
+            self._spawn(self._catch_up, "catch up")
 
     async def _catch_up(self) -> None:
         """Topics may have begun to go, and subscriptions have come and gone, unseen."""
@@ -347,19 +350,32 @@ class Broker:
 
     # --- in the background ---
 
-    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
+    def _spawn(self, work: Callable[[], Awaitable[None]], name: str) -> None:
         task = asyncio.create_task(self._run(work, name), name=f"{self.settings.id} {name}")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _run(self, work: Awaitable[None], name: str) -> None:
+    async def _run(self, work: Callable[[], Awaitable[None]], name: str) -> None:
         try:
-            await work
+            await work()
         except Exception as error:
             if refusal_of(error) is not None:
                 log.warning("background work failed", work=name, problem=str(error))
             else:
                 log.exception("background work failed", work=name)
+
+    async def _until_answered(self, work: Callable[[], Awaitable[None]]) -> None:
+        """Does what nobody else would do later, however long metadata store or bookies are silent."""
+        backoff = Backoff(self._rng)
+        while True:
+            try:
+                return await work()
+            except Exception as error:
+                refused = refusal_of(error)
+                if refused is None or refused.reason != common_pb2.ERROR_REASON_UNAVAILABLE:
+                    raise
+                log.warning("background work waits", problem=str(error))
+            await asyncio.sleep(backoff.next_s())
 
     async def _trim_loop(self) -> None:
         while True:
@@ -380,10 +396,13 @@ class Broker:
                 shard.forget_producers()
                 await asyncio.sleep(0)  # A large table takes a while: let others run between two.
 
-    async def _sweep_loop(self) -> None:
+    async def _find_going(self) -> None:
         async for record in self.topics.all():
             if record.deleting:
                 self._remember_going(record.topic)
+
+    async def _sweep_loop(self) -> None:
+        await self._until_answered(self._find_going)
         self._sweep_wanted.set()
         while True:
             with suppress(TimeoutError):
@@ -404,9 +423,11 @@ class Broker:
                 with suppress(ShardNotFound):
                     await self.served.open(shard_id)
 
-        await asyncio.gather(*(self._run(open_one(s), "sweep shard") for s in {*unserved, *self.ownership.ended()}))
+        await asyncio.gather(
+            *(self._run(partial(open_one, s), "sweep shard") for s in {*unserved, *self.ownership.ended()})
+        )
         for topic in list(self._going):
-            await self._run(self._resume_deleting(topic), "delete topic")
+            await self._run(partial(self._resume_deleting, topic), "delete topic")
 
 
 @contextmanager

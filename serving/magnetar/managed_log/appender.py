@@ -414,9 +414,9 @@ class Appender:
         self._schedule_pump()
 
     async def _drain(self, handle: WriteHandle) -> bool:
-        """Waits until the ledger that was left is settled; False if it was lost instead."""
+        """Waits until all of the ledger that was left is confirmed; False if it was lost instead."""
         try:
-            await handle.drain()
+            await handle.confirmed()
         except LedgerLost:
             self.state = WriteState.LOST
         return self.state is WriteState.LEAVING
@@ -433,12 +433,19 @@ class Appender:
         await self._commit_end(end, await self._closed(left))
 
     async def _close(self) -> None:
-        """OPEN -> LEAVING -> CLOSED."""
+        """OPEN -> LEAVING -> CLOSED, or OPEN if the next ledger was linked meanwhile."""
         left = self._leave()
         if not await self._drain(left):
             return
         await self._commit_end(self.segment_end(left.length), await self._closed(left))
+        self._go_on()
+
+    def _go_on(self) -> None:
+        """The end is in the records: CLOSED, or OPEN in the next ledger if one was linked in the meantime."""
         self.state, self._handle = WriteState.CLOSED, None
+        segments = self._shard.record.segments
+        if segments and segments[-1].ledger_id in self._shard.ledgers:
+            self._start(self._shard.ledgers[segments[-1].ledger_id])
 
     def _leave(self) -> WriteHandle:
         assert self._handle is not None
@@ -504,7 +511,4 @@ class Appender:
         self.queued_bytes += sum(batch.size for batch in rest)
         self._complete(ledger_id, done)
         self._next_offset = self.end_offset = end_offset
-        self.state, self._handle = WriteState.CLOSED, None
-        segments = self._shard.record.segments
-        if segments and segments[-1].ledger_id in self._shard.ledgers:
-            self._start(self._shard.ledgers[segments[-1].ledger_id])
+        self._go_on()

@@ -35,6 +35,9 @@ class StoredEntry:
         return f"StoredEntry({self.first_offset}..{self.end_offset}, {len(self.batches)} batches)"
 
 
+_GONE = StoredEntry(0, 0, 0, ())
+
+
 class _Run:
     """Some entries of one shard in the order of their offsets. Its first ones go most often: they are cut lazily."""
 
@@ -70,6 +73,7 @@ class _Run:
         if at > self.head:
             del self.first_offsets[at], self.entries[at]
             return
+        self.entries[at] = _GONE  # what was cut must not hold its bytes until the head is
         self.head += 1
         if self.head >= _TRIM_HEAD_AT or self.head == len(self.entries):
             del self.first_offsets[: self.head], self.entries[: self.head]

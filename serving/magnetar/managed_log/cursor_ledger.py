@@ -70,7 +70,11 @@ class CursorLedger:
     # --- what others ask ---
 
     def changed(self) -> asyncio.Future[None]:
-        """Something was queued in the table: completes when it is durable. Shared by the group; need not be awaited."""
+        """Something was queued in the table: completes when it is durable. Shared by the group; need not be awaited.
+
+        Raises LogReleased: nobody would complete it any more.
+        """
+        self._shard.check_served()
         if self._queued is None:
             self._queued = _quiet_future()
             self._wake()
@@ -156,9 +160,9 @@ class CursorLedger:
         try:
             for payload in payloads:
                 if handle.in_flight_bytes >= self._shard.settings.max_in_flight_bytes:
-                    await handle.drain()
+                    await handle.confirmed()
                 handle.add(payload)
-            await handle.drain()
+            await handle.confirmed()
         except (LedgerLost, WriterClosed):
             return False
         return True

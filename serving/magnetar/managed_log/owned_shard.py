@@ -110,7 +110,13 @@ class OwnedShard:
         LogReleased when the shard is or gets lost.
         """
         with self._watching_silence(on_silence):
-            return await asyncio.shield(self._track(self._change(build)))
+            change = self._track(self._change(build))
+            try:
+                return await asyncio.shield(change)
+            except asyncio.CancelledError:
+                if change.cancelled() and not _is_cancelled():
+                    self.check_served()
+                raise
 
     async def give_up(self, build: Build, released: Released) -> None:
         """The last change: the owner goes with it. Changes that wait behind it are refused. Raises like `change`."""
@@ -342,3 +348,9 @@ class OwnedShard:
         self._tasks.discard(task)
         if not task.cancelled():
             task.exception()  # whoever waits for it gets it; who was cancelled meanwhile does not
+
+
+def _is_cancelled() -> bool:
+    """The running task itself was cancelled, not only what it waits for."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
