@@ -17,7 +17,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, disable_cr
 from magnetar.node.rpc import ListenError
 
 # A time of creation beside each counter doubles what is scraped and tells nothing that the process's start does not.
-disable_created_metrics()
+disable_created_metrics()  # type: ignore[no-untyped-call]
 
 HEARTBEAT_S = 1.0
 STUCK_AFTER_S = 15.0
