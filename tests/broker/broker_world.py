@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from array import array
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -21,7 +22,7 @@ from magnetar.bookie.memory import MemoryEntryStore
 from magnetar.ledger.bookie_directory import BookieDirectory
 from magnetar.metadata.keyspace import Keyspace
 from magnetar.metadata.memory import MemoryStore
-from magnetar.metadata.store import Compare, MetadataUnavailable, Operation, Put, TxnResult
+from magnetar.metadata.store import Compare, KeyValue, MetadataUnavailable, Operation, Put, RangeResult, TxnResult
 from magnetar.node.rpc import ERROR_METADATA_KEY
 from magnetar.node.settings import BookieSettings, BrokerSettings
 from magnetar.v1 import admin_pb2, broker_pb2, common_pb2
@@ -39,11 +40,28 @@ AnswerT = TypeVar("AnswerT", bound=Message)
 
 
 class StubbornStore(MemoryStore):
-    """A store that refuses to answer for some keys."""
+    """A store that refuses to answer for some keys.
+
+    silent_reads   so many reads under a prefix, or of a key, get no answer
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.refused_keys: set[str] = set()
+        self.silent_reads: Counter[str] = Counter()
+
+    async def range(self, prefix: str, *, after: str = "", limit: int = 0) -> RangeResult:
+        self._read(prefix)
+        return await super().range(prefix, after=after, limit=limit)
+
+    async def get(self, key: str) -> KeyValue | None:
+        self._read(key)
+        return await super().get(key)
+
+    def _read(self, key: str) -> None:
+        if self.silent_reads[key] > 0:
+            self.silent_reads[key] -= 1
+            raise MetadataUnavailable("no answer")
 
     async def txn(self, compares: Sequence[Compare], operations: Sequence[Operation]) -> TxnResult:
         if any(isinstance(operation, Put) and operation.key in self.refused_keys for operation in operations):

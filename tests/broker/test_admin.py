@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 
 import pytest
@@ -148,6 +149,36 @@ async def test_a_deletion_that_was_cut_short_is_finished_by_the_next_broker(
     assert await cluster.store.get(KEYSPACE.topic(TOPIC)) is None
     assert await cluster.store.get(KEYSPACE.shard(shard)) is None
     assert not (await cluster.store.range(KEYSPACE.index_prefix())).items
+
+
+async def test_a_broker_that_cannot_list_topics_at_its_start_finishes_deletions_later(cluster: Cluster) -> None:
+    broker = await cluster.start_broker()
+    await broker.topics.create(TOPIC, 1)
+    await broker.topics.close()
+    await broker.topics.mark_deleting(TOPIC)
+    await broker.ownership.close()
+    other = await cluster.start_broker("broker1")
+    # Its first listing is only tried when this test waits.
+    cluster.store.silent_reads[KEYSPACE.topics_prefix()] = 2
+    async with asyncio.timeout(10):
+        while await cluster.store.get(KEYSPACE.topic(TOPIC)) is not None:
+            await asyncio.sleep(0)
+    assert not cluster.store.silent_reads[KEYSPACE.topics_prefix()]
+    assert len(other.served) == 0
+
+
+async def test_a_new_subscription_reaches_its_shards_also_if_the_store_is_silent_when_they_hear_of_it(
+    cluster: Cluster, broker: Broker, calls: Calls, produce: Produce
+) -> None:
+    (shard,) = (await calls.create_topic()).shards
+    async with produce() as client:
+        await publish(client, shard.shard_id, 1)
+    served = broker.served.get(shard.shard_id)
+    assert served is not None
+    cluster.store.silent_reads[KEYSPACE.subscription(TOPIC, "s")] = 2
+    await broker.topics.create_subscription(TOPIC, "s", SubscriptionType.QUEUE, Anchor.LATEST)
+    await eventually(lambda: "s" in served.log.cursors)
+    assert not cluster.store.silent_reads[KEYSPACE.subscription(TOPIC, "s")]
 
 
 async def test_a_topic_served_by_another_broker_is_deleted_by_that_one(

@@ -37,6 +37,7 @@ from magnetar.broker.topics import Topics
 from magnetar.ledger.bookie_rpc import Bookies
 from magnetar.ledger.client import LedgerClient, LedgerSettings
 from magnetar.managed_log.cache import ReadCache
+from magnetar.managed_log.errors import LogReleased
 from magnetar.managed_log.settings import LogSettings
 from magnetar.metadata.backoff import Backoff
 from magnetar.metadata.ids import IdBlocks
@@ -325,12 +326,13 @@ class Broker:
 
     def _subscription_changed(self, topic: str, name: str, _record: SubscriptionRecord | None) -> None:
         for shard in self.served.of_topic(topic):
-            self._spawn(partial(shard.subscription_changed, name), "subscription changed")
+            changed = partial(shard.subscription_changed, name)
+            self._spawn(changed, "subscription changed")
 
     def _changes_missed(self) -> None:
         self._resolver.everything_changed()
         if len(self.served):
-            self._spawn(self._catch_up, "catch up")
+            self._spawn(partial(self._until_answered, self._catch_up), "catch up")
 
     async def _catch_up(self) -> None:
         """Topics may have begun to go, and subscriptions have come and gone, unseen."""
@@ -339,7 +341,8 @@ class Broker:
                 self._remember_going(shard.topic)
                 self._sweep_wanted.set()
             else:
-                await shard.adopt(await self.topics.subscriptions(shard.topic))
+                with suppress(LogReleased):
+                    await shard.adopt(await self.topics.subscriptions(shard.topic))
 
     def _address_of(self, owner: Owner) -> str:
         living = self.view.living(owner)
@@ -402,7 +405,7 @@ class Broker:
                 self._remember_going(record.topic)
 
     async def _sweep_loop(self) -> None:
-        await self._until_answered(self._find_going)
+        await self._find_going()
         self._sweep_wanted.set()
         while True:
             with suppress(TimeoutError):
