@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from typing import Any
 
 import pytest
 from broker_world import KEYSPACE, TOPIC, Calls, Cluster, ProduceClient, batch, eventually, refusal
 
 from magnetar.broker.broker import Broker
 from magnetar.metadata.records import Anchor, SubscriptionType
+from magnetar.node.rpc import Refused
 from magnetar.v1 import admin_pb2 as pb
 from magnetar.v1 import common_pb2, metadata_pb2
 
@@ -158,11 +160,11 @@ async def test_a_broker_that_cannot_list_topics_at_its_start_finishes_deletions_
     await broker.topics.mark_deleting(TOPIC)
     await broker.ownership.close()
     other = await cluster.start_broker("broker1")
+    deleted: list[str] = []
+    other.topics.on_topic.append(lambda topic, record: deleted.append(topic) if record is None else None)
     # Its first listing is only tried when this test waits.
     cluster.store.silent_reads[KEYSPACE.topics_prefix()] = 2
-    async with asyncio.timeout(10):
-        while await cluster.store.get(KEYSPACE.topic(TOPIC)) is not None:
-            await asyncio.sleep(0)
+    await eventually(lambda: deleted == [TOPIC])
     assert not cluster.store.silent_reads[KEYSPACE.topics_prefix()]
     assert len(other.served) == 0
 
@@ -179,6 +181,66 @@ async def test_a_new_subscription_reaches_its_shards_also_if_the_store_is_silent
     await broker.topics.create_subscription(TOPIC, "s", SubscriptionType.QUEUE, Anchor.LATEST)
     await eventually(lambda: "s" in served.log.cursors)
     assert not cluster.store.silent_reads[KEYSPACE.subscription(TOPIC, "s")]
+
+
+class Gate:
+    """A call that waits, with its answer, until it is let through."""
+
+    def __init__(self, call: Callable[..., Awaitable[Any]]) -> None:
+        self.reached, self.let_through = asyncio.Event(), asyncio.Event()
+        self._call = call
+
+    async def __call__(self, *arguments: Any) -> Any:
+        answer = await self._call(*arguments)
+        self.reached.set()
+        await self.let_through.wait()
+        return answer
+
+
+async def test_a_subscription_that_is_deleted_while_a_consumer_opens_it_leaves_no_cursor(
+    broker: Broker, calls: Calls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would hold back trimming, and nobody could see or delete it."""
+    shard = await broker.shard(TOPIC, (await calls.create_topic()).shards[0].shard_id)
+    await broker.topics.create_subscription(TOPIC, "s", SubscriptionType.QUEUE, Anchor.LATEST)
+    await eventually(lambda: "s" in shard.log.cursors)
+    gate = Gate(broker.topics.open_subscription)
+    monkeypatch.setattr(broker.topics, "open_subscription", gate)
+    opening = asyncio.create_task(shard.subscription("s", SubscriptionType.QUEUE, Anchor.LATEST, True))
+    await gate.reached.wait()
+    await broker.topics.delete_subscription(TOPIC, "s")
+    deletion = asyncio.create_task(shard.subscription_changed("s"))
+    for _ in range(100):
+        await asyncio.sleep(0)
+    gate.let_through.set()
+    await asyncio.gather(opening, deletion, return_exceptions=True)
+    assert "s" not in shard.log.cursors
+
+
+async def test_a_subscription_that_is_deleted_while_it_is_moved_leaves_no_cursor(broker: Broker, calls: Calls) -> None:
+    shard = await broker.shard(TOPIC, (await calls.create_topic()).shards[0].shard_id)
+    record = await broker.topics.create_subscription(TOPIC, "s", SubscriptionType.QUEUE, Anchor.LATEST)
+    await broker.topics.delete_subscription(TOPIC, "s")
+    await eventually(lambda: "s" not in shard.log.cursors)
+    with pytest.raises(Refused, match="does not exist"):
+        await shard.seek(record.name, 0)
+    assert "s" not in shard.log.cursors
+
+
+async def test_a_subscription_that_is_created_while_changes_are_caught_up_keeps_its_cursor(
+    broker: Broker, calls: Calls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shard = await broker.shard(TOPIC, (await calls.create_topic()).shards[0].shard_id)
+    gate = Gate(broker.topics.subscriptions)
+    monkeypatch.setattr(broker.topics, "subscriptions", gate)
+    catching_up = asyncio.create_task(broker._catch_up())
+    await gate.reached.wait()
+    opening = asyncio.create_task(shard.subscription("s", SubscriptionType.QUEUE, Anchor.LATEST, True))
+    for _ in range(100):
+        await asyncio.sleep(0)
+    gate.let_through.set()
+    await asyncio.gather(catching_up, opening)
+    assert "s" in shard.log.cursors
 
 
 async def test_a_topic_served_by_another_broker_is_deleted_by_that_one(

@@ -9,9 +9,19 @@ from collections.abc import Callable
 from contextlib import suppress
 
 import pytest
-from scripted_broker import Fate, ScriptedBroker, ScriptedCluster, Shard, error
+from scripted_broker import Fate, ScriptedBroker, ScriptedCluster, Shard, Stream, error
 
-from magnetar.client import EARLIEST, Batching, Client, ClusterUnavailable, InvalidArgument, Message, connect
+from magnetar.client import (
+    EARLIEST,
+    Batching,
+    Client,
+    ClusterUnavailable,
+    InvalidArgument,
+    Message,
+    MessageId,
+    connect,
+)
+from magnetar.v1 import broker_pb2
 
 
 @pytest.fixture
@@ -92,12 +102,13 @@ async def test_a_queue_names_what_it_holds_and_does_not_get_it_again(
 async def test_what_a_queue_acknowledged_without_an_answer_is_named_too(
     cluster: ScriptedCluster, broker: ScriptedBroker, client: Client, shard: Shard
 ) -> None:
-    cluster.on_ack = lambda: Fate.DROP
+    dropped: list[Fate] = []
+    cluster.on_ack = lambda: dropped.append(Fate.DROP) or dropped[-1]  # type: ignore[func-returns-value]
     async with client.queue_consumer("clicks", subscription="q", start=EARLIEST) as consumer:
         messages = await take(consumer, 100)
         for message in messages[:50]:
             consumer.ack(message)
-        await asyncio.sleep(0.01)
+        await cluster.until(lambda: bool(dropped))
         cluster.on_ack = lambda: Fate.STORE
         await reopened(cluster, broker)
         assert [(r.start, r.end) for r in cluster.consumer_opens[-1].held] == [(0, 100)]
@@ -170,6 +181,40 @@ async def test_a_subscription_that_was_moved_back_meanwhile_is_read_from_there(
         assert numbers(await take(consumer, 5)) == list(range(21, 26))
 
 
+async def test_what_others_did_meanwhile_is_not_given_out_from_what_waits_here(
+    cluster: ScriptedCluster, broker: ScriptedBroker, client: Client, shard: Shard
+) -> None:
+    async with client.stream_consumer("clicks", subscription="s", start=EARLIEST) as consumer:
+        messages = await take(consumer, 60)
+        cluster.on_open = lambda shard: error("UNAVAILABLE")
+        await reopened(cluster, broker)
+        broker.seek(shard, shard.subscriptions["s"], 85)
+        cluster.on_open = lambda shard: None
+        # Its answer comes after the opening's.
+        await consumer.ack(messages[0])
+        assert numbers(await take(consumer, 15)) == list(range(85, 100))
+
+
+async def test_what_was_under_way_before_a_seek_is_dropped_when_it_comes_after_it(
+    broker: ScriptedBroker, client: Client, shard: Shard
+) -> None:
+    async with client.stream_consumer("clicks", subscription="s", start=EARLIEST) as consumer:
+        await take(consumer, 50)
+        (session,) = shard.subscriptions["s"].sessions
+        old = shard.subscriptions["s"].cursor_epoch
+        original = broker._seek
+
+        def seek(stream: Stream, seek: broker_pb2.Seek) -> None:
+            original(stream, seek)
+            first, data, _ = shard.log[7]
+            late = broker_pb2.Delivery(handle=session.handle, cursor_epoch=old, first_offset=first, batch=data)
+            stream.say(broker_pb2.ConsumeResponse(deliveries=[late]))
+
+        broker._seek = seek  # type: ignore[method-assign]
+        await consumer.seek(MessageId(shard.shard_id, 5))
+        assert numbers(await take(consumer, 95)) == list(range(5, 100))
+
+
 async def test_a_seek_survives_a_broken_connection(
     cluster: ScriptedCluster, broker: ScriptedBroker, client: Client, shard: Shard
 ) -> None:
@@ -187,8 +232,6 @@ async def test_a_seek_survives_a_broken_connection(
 async def test_a_seek_that_is_refused_leaves_everything_to_be_delivered(
     broker: ScriptedBroker, client: Client, shard: Shard
 ) -> None:
-    from magnetar.v1 import broker_pb2
-
     async with client.stream_consumer("clicks", subscription="s", start=EARLIEST) as consumer:
         messages = await take(consumer, 50)
         await consumer.ack(messages[29])
@@ -208,7 +251,7 @@ async def test_a_shard_out_of_reach_is_an_error_once_and_receiving_goes_on_when_
     cluster: ScriptedCluster, broker: ScriptedBroker, connecting: Callable[[float], Client], shard: Shard
 ) -> None:
     async with (
-        connecting(0.3) as client,
+        connecting(1.0) as client,
         client.stream_consumer("clicks", subscription="s", start=EARLIEST) as consumer,
     ):
         messages = await take(consumer, 100)
@@ -229,7 +272,7 @@ async def test_an_acknowledgement_without_an_answer_fails_after_the_timeout_and_
 ) -> None:
     cluster.on_ack = lambda: Fate.DROP
     async with (
-        connecting(0.3) as client,
+        connecting(1.0) as client,
         client.stream_consumer("clicks", subscription="s", start=EARLIEST) as consumer,
     ):
         messages = await take(consumer, 10)

@@ -103,7 +103,7 @@ async def test_closing_gives_up_after_the_timeout_and_says_what_is_unknown(
     cluster: ScriptedCluster, connecting: Callable[[float], Client]
 ) -> None:
     cluster.on_batch = lambda shard, header: Fate.DROP
-    async with connecting(0.2) as client:
+    async with connecting(0.5) as client:
         with pytest.raises(ClusterUnavailable, match="may or may not be stored"):
             async with client.producer("clicks") as producer:
                 producer.send_nowait(b"x")
@@ -113,7 +113,7 @@ async def test_an_error_in_the_block_is_not_hidden_by_what_happens_to_messages(
     cluster: ScriptedCluster, connecting: Callable[[float], Client]
 ) -> None:
     cluster.on_batch = lambda shard, header: Fate.DROP
-    async with connecting(0.2) as client:
+    async with connecting(0.5) as client:
         producer = client.producer("clicks")
         with pytest.raises(ZeroDivisionError):
             async with producer:
@@ -136,6 +136,20 @@ async def test_another_server_answers_when_the_first_is_gone(cluster: ScriptedCl
     await gone.stop()
     async with connect(f"{address},{broker.address}", timeout=5) as client, client.producer("clicks") as producer:
         assert (await producer.send(b"x")).offset == 0
+
+
+async def test_a_broker_that_does_not_answer_is_not_waited_for_longer_than_asked(broker: ScriptedBroker) -> None:
+    async def say_nothing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+        writer.close()
+
+    silent = await asyncio.start_server(say_nothing, "127.0.0.1", 0)
+    async with silent, connect(f"127.0.0.1:{silent.sockets[0].getsockname()[1]}", timeout=0.3) as client:
+        begin = asyncio.get_running_loop().time()
+        with pytest.raises(ClusterUnavailable):
+            async with client.producer("clicks"):
+                raise AssertionError
+        assert asyncio.get_running_loop().time() - begin < 5.0
 
 
 async def test_what_is_not_a_broker_is_named(unused_tcp_port_server: str) -> None:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
 import pytest
 from log_world import Cluster, OpenLog, until
 
 from magnetar.managed_log import chain as chains
 from magnetar.managed_log.log import LogReleased, LogSettings, OffsetTrimmed
-from magnetar.metadata.records import Owner, SubscriptionType
+from magnetar.metadata.records import LedgerRecord, Owner, Segment, SubscriptionType
 from magnetar.metadata.shards import ShardMetadata, ShardNotFound
-from magnetar.metadata.store import OPERATIONS_MAX
+from magnetar.metadata.store import OPERATIONS_MAX, Compare, Operation, TxnResult
 
 QUEUE = SubscriptionType.QUEUE
 SMALL = LogSettings(segment_bytes=1_000, trim_open_bytes=500, retry_first_s=0.001, retry_last_s=0.01)
@@ -207,3 +208,48 @@ async def test_a_trim_that_wants_a_snapshot_when_the_shard_is_lost_does_not_wait
     with pytest.raises(LogReleased):
         async with asyncio.timeout(1):
             await owner.log._cursors.store_snapshot()
+
+
+async def test_a_cursor_that_moves_back_before_a_trim_is_sent_keeps_its_messages(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owner = await filled(cluster, 8)
+    trimmer, gate = owner.log._trimmer, asyncio.Event()
+    reached, ledgers_of = asyncio.Event(), trimmer._ledgers
+
+    async def slow(segments: tuple[Segment, ...]) -> list[LedgerRecord]:
+        reached.set()
+        await gate.wait()
+        return await ledgers_of(segments)
+
+    monkeypatch.setattr(trimmer, "_ledgers", slow)
+    await owner.log.create_cursor("s", 1, QUEUE, owner.log.end_offset)
+    await reached.wait()
+    await owner.log.seek("s", 0)
+    gate.set()
+    await idle(owner)
+    assert (owner.log.start_offset, owner.log.cursors["s"].floor) == (0, 0)
+
+
+async def test_a_cursor_that_moves_back_while_a_trim_is_stored_begins_above_what_goes(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A floor below the log's start could never be acknowledged, and nothing would ever be trimmed again."""
+    owner = await filled(cluster, 8)
+    await owner.log.create_cursor("s", 1, QUEUE, 0)
+    await idle(owner)
+    reached, gate, deliver = asyncio.Event(), asyncio.Event(), cluster.store.txn
+
+    async def slow(compares: Sequence[Compare], operations: Sequence[Operation]) -> TxnResult:
+        reached.set()
+        await gate.wait()
+        return await deliver(compares, operations)
+
+    monkeypatch.setattr(cluster.store, "txn", slow)
+    await owner.log.ack("s", floor=owner.log.end_offset)
+    await reached.wait()
+    await owner.log.seek("s", 0)
+    gate.set()
+    await idle(owner)
+    assert owner.log.start_offset > 0
+    assert owner.log.cursors["s"].floor == owner.log.start_offset

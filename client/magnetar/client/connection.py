@@ -28,6 +28,9 @@ FRAME_BYTES_MAX = 1 << 20
 RANGES_PER_FRAME = 40_000
 """Ranges of acknowledgements at which a frame is full enough, about 800 KiB; brokers refuse 100 000."""
 
+GREETING_S_MAX = 5.0
+"""For a broker to answer the greeting; later, gRPC's keepalive finds one that is silent."""
+
 PROTOCOL_VERSION = 1
 CLIENT_NAME = "magnetar-python"
 
@@ -137,8 +140,12 @@ class Stream(ABC, Generic[HandleT]):
             await stream.close()
 
     async def _greet(self, stream: RpcStream) -> None:
-        await stream.write(self._greeting())
-        frame = await stream.read()
+        try:
+            async with asyncio.timeout(GREETING_S_MAX):
+                await stream.write(self._greeting())
+                frame = await stream.read()
+        except TimeoutError:
+            raise unavailable(f"the broker does not answer: broker=`{self.address}`") from None
         if frame is None:
             raise unavailable(f"the broker ended the stream: broker=`{self.address}`")
         error = self._answer(frame)

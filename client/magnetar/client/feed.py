@@ -228,6 +228,7 @@ class Feed(ShardLink[ConsumeStream]):
 
     def _timed_out(self, refused: Refused) -> None:
         self._consumer.feed_unreachable(self, self._impatience(refused))
+        self._cut(unavailable("the client gave up waiting"))
 
     def _impatience(self, refused: Refused) -> ClusterUnavailable:
         return ClusterUnavailable(

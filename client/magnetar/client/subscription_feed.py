@@ -256,8 +256,7 @@ class SubscriptionFeed(Feed):
             )
         if not any(completion.listened for completion in waiting):
             self._consumer.feed_unreachable(self, error)
-        if self._is_open:
-            self._cut(unavailable("the client gave up waiting"))
+        self._cut(unavailable("the client gave up waiting"))
         self._finish_if_idle()
 
     def _request_open(self, request: broker_pb2.ConsumeRequest, number: int) -> int:
@@ -350,7 +349,8 @@ class StreamFeed(SubscriptionFeed):
             # What is durably acknowledged is to be delivered: somebody moved the subscription back meanwhile.
             self._overtake()
             self._restart(next_offset)
-        elif next_offset > self._next:
+        elif next_offset > self._given:
+            # More is acknowledged than was given out here: others went on, or somebody moved the subscription.
             self._consumer.drop_buffered(self)
             self._next = self._given = next_offset
 

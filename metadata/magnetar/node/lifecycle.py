@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import gc
+import resource
 import signal
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
@@ -22,6 +23,10 @@ GC_THRESHOLDS = (50_000, 20, 20)
 MALLOPT_ARENA_MAX = -8
 """M_ARENA_MAX of glibc's malloc.h."""
 ARENAS_MAX = 2
+
+
+OPEN_FILES_MAX = 65_536
+"""Connections and files of one process."""
 
 
 class Stack:
@@ -55,9 +60,18 @@ def limit_malloc_arenas() -> None:
 def run(main: Callable[[asyncio.Event], Coroutine[Any, Any, None]]) -> None:
     """Runs `main(stop)` on uvloop; SIGINT and SIGTERM set `stop`, a second one ends the process at once."""
     gc.set_threshold(*GC_THRESHOLDS)
+    _allow_open_files()
     limit_malloc_arenas()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_with_signals(main))
+
+
+def _allow_open_files() -> None:
+    """As many as the system lets this process have: connections must not take those that the storage needs."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OPEN_FILES_MAX if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES_MAX)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 async def _with_signals(main: Callable[[asyncio.Event], Coroutine[Any, Any, None]]) -> None:

@@ -8,6 +8,7 @@ frame where the stream's response has a field `error`.
 from __future__ import annotations
 
 import asyncio
+import resource
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
@@ -28,6 +29,8 @@ MESSAGE_BYTES_MAX = 8 << 20
 """Hard limit of one frame on every channel."""
 STREAMS_PER_CONNECTION_MAX = 256
 METADATA_BYTES_MAX = 16 << 10
+CONNECTIONS_MAX = 10_000
+"""Of a server; at most half of the files that the process may open, so that its storage always has some."""
 
 SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.so_reuseport", 0),
@@ -56,6 +59,9 @@ _STATUS: Mapping[int, grpc.StatusCode] = {
 }
 
 log = structlog.get_logger("magnetar.rpc")
+
+GONE = (grpc.RpcError, grpc.aio.UsageError, grpc.aio.InternalError, grpc.aio.AbortError, asyncio.InvalidStateError)
+"""What reading and writing raise when the client has ended the call, or its connection is lost."""
 
 MessageT = TypeVar("MessageT", bound=Message)
 Context: TypeAlias = grpc.aio.ServicerContext
@@ -155,7 +161,9 @@ class RunningServer:
 
 async def serve(services: Sequence[Service], listen: str) -> RunningServer:
     """Listens on `host:port` (port 0: any free one). Raises ListenError."""
-    server = grpc.aio.server(options=SERVER_OPTIONS)
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    connections = CONNECTIONS_MAX if files == resource.RLIM_INFINITY else min(CONNECTIONS_MAX, files // 2)
+    server = grpc.aio.server(options=(*SERVER_OPTIONS, ("grpc.max_allowed_incoming_connections", connections)))
     health_servicer = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
     names = [service.descriptor.full_name for service in services]
@@ -191,8 +199,12 @@ def _unary(method: MethodDescriptor, handler: UnaryHandler) -> UnaryHandler:
         try:
             return await handler(request, context)
         except Exception as error:
-            await _abort(context, _refusal(method, error))
-            raise AssertionError("abort always raises") from None
+            told = _told(method, error)
+        # gRPC ties an aborted call, this frame and the error into a cycle, which lives until the collector comes by:
+        # the request and the frames that parsed it must not be in it.
+        del request
+        await _abort(context, told)
+        raise AssertionError("abort always raises")
 
     return call
 
@@ -202,8 +214,10 @@ def _streaming(method: MethodDescriptor, handler: StreamHandler) -> Callable[[An
         stream = ServerStream(context)
         try:
             await handler(stream)
+            return
         except Exception as error:
-            await _end_stream(method, stream, _refusal(method, error))
+            told = _told(method, error)
+        await _end_stream(method, stream, told)
 
     return call
 
@@ -213,39 +227,44 @@ def _answering(method: MethodDescriptor, handler: ServerStreamHandler) -> Callab
         stream = ServerStream(context)
         try:
             await handler(request, stream)
+            return
         except Exception as error:
-            await _end_stream(method, stream, _refusal(method, error))
+            told = _told(method, error)
+        del request
+        await _end_stream(method, stream, told)
 
     return call
 
 
-def _refusal(method: MethodDescriptor, error: Exception) -> Refused | None:
+def _told(method: MethodDescriptor, error: Exception) -> common_pb2.Error | None:
     """What the client is told of an error that ended its call; None if it is gone and cannot be told."""
     if isinstance(error, Refused):
-        return error
-    if isinstance(error, (grpc.aio.UsageError, asyncio.InvalidStateError, grpc.aio.AbortError, grpc.RpcError)):
+        return error.to_error()
+    if isinstance(error, GONE):
         return None
     log.error("call failed", method=method.full_name, exc_info=error)
-    return Refused(common_pb2.ERROR_REASON_INTERNAL, "internal error: the server's log has the details")
+    return common_pb2.Error(
+        reason=common_pb2.ERROR_REASON_INTERNAL, message="internal error: the server's log has the details"
+    )
 
 
-async def _end_stream(method: MethodDescriptor, stream: ServerStream, refusal: Refused | None) -> None:
-    if refusal is None or stream.context.done():
+async def _end_stream(method: MethodDescriptor, stream: ServerStream, told: common_pb2.Error | None) -> None:
+    if told is None or stream.context.done():
         return
     if "error" in method.output_type.fields_by_name:
-        frame = GetMessageClass(method.output_type)(error=refusal.to_error())
+        frame = GetMessageClass(method.output_type)(error=told)
         try:
             await stream.write(frame.SerializeToString())
-        except (grpc.RpcError, grpc.aio.UsageError, asyncio.InvalidStateError):
+        except GONE:
             return
     else:
-        await _abort(stream.context, refusal)
+        await _abort(stream.context, told)
 
 
-async def _abort(context: Context, refusal: Refused | None) -> None:
-    if refusal is None:
+async def _abort(context: Context, told: common_pb2.Error | None) -> None:
+    if told is None:
         await context.abort(grpc.StatusCode.CANCELLED, "the call was given up")
         return
-    status = _STATUS.get(refusal.reason, grpc.StatusCode.FAILED_PRECONDITION)
-    metadata = ((ERROR_METADATA_KEY, refusal.to_error().SerializeToString()),)
-    await context.abort(status, refusal.message, trailing_metadata=metadata)
+    status = _STATUS.get(told.reason, grpc.StatusCode.FAILED_PRECONDITION)
+    metadata = ((ERROR_METADATA_KEY, told.SerializeToString()),)
+    await context.abort(status, told.message, trailing_metadata=metadata)

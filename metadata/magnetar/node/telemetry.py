@@ -5,13 +5,17 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import socket
 import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 import structlog
+import structlog.tracebacks
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, disable_created_metrics, generate_latest
 
 from magnetar.node.rpc import ListenError
@@ -23,18 +27,31 @@ HEARTBEAT_S = 1.0
 STUCK_AFTER_S = 15.0
 """A process whose event loop did not run for so long says that it does not live."""
 REQUEST_TIMEOUT_S = 10.0
+"""From the connection to the end of the answer."""
+CONNECTIONS_MAX = 32
+"""At a time, each with a thread; one more is closed at once."""
+
+log = structlog.get_logger("magnetar.http")
+
+_TRACEBACKS = structlog.processors.ExceptionRenderer(
+    structlog.tracebacks.ExceptionDictTransformer(show_locals=False)  # They hold the users' data.
+)
 
 
 def configure_logging(level: str = "info") -> None:
     """Logs go to stderr: readable on a terminal, one JSON object a line otherwise."""
     on_terminal = sys.stderr.isatty()
-    renderer = structlog.dev.ConsoleRenderer() if on_terminal else structlog.processors.JSONRenderer()
+    renderer = (
+        structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)
+        if on_terminal
+        else structlog.processors.JSONRenderer()
+    )
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
-            *([] if on_terminal else [structlog.processors.dict_tracebacks]),
+            *([] if on_terminal else [_TRACEBACKS]),
             renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
@@ -99,10 +116,39 @@ def _verdict(problems: list[str]) -> tuple[int, str, bytes]:
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
     allow_reuse_address = True
+    request_queue_size = 2 * CONNECTIONS_MAX
 
     def __init__(self, address: tuple[str, int], owner: HttpServer) -> None:
         super().__init__(address, _Handler)
         self.owner = owner
+        self._free = threading.Semaphore(CONNECTIONS_MAX)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if not self._free.acquire(blocking=False):
+            self.shutdown_request(request)
+            return
+        super().process_request(request, client_address)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        # A timeout of the socket counts from each byte: one that drips would hold its thread for days.
+        deadline = threading.Timer(REQUEST_TIMEOUT_S, _cut_off, [request])
+        deadline.daemon = True
+        deadline.start()
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            deadline.cancel()
+            self._free.release()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        error = sys.exception()
+        if not isinstance(error, OSError):
+            log.error("http request failed", peer=str(client_address), exc_info=error)
+
+
+def _cut_off(request: socket.socket) -> None:
+    with suppress(OSError):
+        request.shutdown(socket.SHUT_RDWR)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -116,6 +162,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
+
+    def version_string(self) -> str:
+        return "magnetar"
 
     def log_message(self, format: str, *args: object) -> None:
         """Nothing: scrapes are not news."""

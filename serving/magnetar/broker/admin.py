@@ -247,7 +247,7 @@ class Admin:
     ) -> int:
         floor = await shard.position(position)
         if not dry_run:
-            await shard.seek(record, floor)
+            await shard.seek(record.name, floor)
         return floor
 
     def _described(

@@ -290,12 +290,16 @@ class Broker:
             if not self._serving:
                 raise unavailable("the broker is starting or stopping: ask another one", retry_after_ms=RETRY_AFTER_MS)
             yield
-        except Exception as error:
-            refused = refusal_of(error)
-            if refused is None:
-                raise
+        except Refused as refused:
+            # Raised from itself it would be a cycle, and keep the request until the collector comes by.
             self.metrics.refused(refused.reason)
-            raise refused from error
+            raise
+        except Exception as error:
+            translated = refusal_of(error)
+            if translated is None:
+                raise
+            self.metrics.refused(translated.reason)
+            raise translated from error
 
     # --- what the watches and the session say ---
 
@@ -327,7 +331,7 @@ class Broker:
     def _subscription_changed(self, topic: str, name: str, _record: SubscriptionRecord | None) -> None:
         for shard in self.served.of_topic(topic):
             changed = partial(shard.subscription_changed, name)
-            self._spawn(changed, "subscription changed")
+            self._spawn(partial(self._until_answered, changed), "subscription changed")
 
     def _changes_missed(self) -> None:
         self._resolver.everything_changed()
@@ -342,7 +346,7 @@ class Broker:
                 self._sweep_wanted.set()
             else:
                 with suppress(LogReleased):
-                    await shard.adopt(await self.topics.subscriptions(shard.topic))
+                    await shard.adopt()
 
     def _address_of(self, owner: Owner) -> str:
         living = self.view.living(owner)
@@ -405,7 +409,7 @@ class Broker:
                 self._remember_going(record.topic)
 
     async def _sweep_loop(self) -> None:
-        await self._find_going()
+        await self._until_answered(self._find_going)
         self._sweep_wanted.set()
         while True:
             with suppress(TimeoutError):

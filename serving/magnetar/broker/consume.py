@@ -6,7 +6,7 @@ to be taken over), so each opening is a task of its own; what the client says ab
 Rules:
 
 1. A client that does not read blocks itself only: its deliveries stop at the outbox's limit, and nothing more is read
-   from it while more than ANSWERS_MAX answers wait.
+   from it while more than ANSWERS_MAX answers wait, or STREAM_WAITING_MAX requests for their handles to be open.
 2. An error of one handle ends that handle. What arrives for it afterwards is dropped, until the handle is opened again;
    acknowledgements of it are answered with an error. What does not parse, or breaks the rules, ends the stream.
 3. The end of a stream detaches its consumers; what they held goes to others.
@@ -20,8 +20,6 @@ from contextlib import suppress
 from enum import Enum
 from typing import Any, Protocol
 
-import grpc
-import grpc.aio
 import structlog
 
 from magnetar.broker.dispatch import Deliver
@@ -34,7 +32,7 @@ from magnetar.broker.subscription import Attached, Subscription
 from magnetar.managed_log.errors import LogReleased
 from magnetar.metadata.codec import start_position_from_message
 from magnetar.metadata.records import SubscriptionType
-from magnetar.node.rpc import Refused, ServerStream, invalid_argument, parse, unavailable
+from magnetar.node.rpc import GONE, Refused, ServerStream, invalid_argument, parse, unavailable
 from magnetar.v1 import broker_pb2, common_pb2
 
 HANDLES_MAX = 10_000
@@ -42,6 +40,12 @@ HANDLES_MAX = 10_000
 
 WAITING_MAX = 1_000
 """What a client may say about a handle before it was answered that it is open."""
+
+STREAM_WAITING_MAX = 10_000
+"""The same of all handles of a stream: at this number nothing more is read from the client."""
+
+ITEMS_MAX = 50_000
+"""Of one frame: they are acted on in one go, and everybody else waits meanwhile."""
 
 ANSWERS_MAX = 10_000
 """Answers not yet sent, and acknowledgements not yet durable, at which nothing more is read from the client."""
@@ -135,9 +139,13 @@ class ConsumerHandle:
                 cursor_epoch=attached.cursor_epoch,
             )
         )
-        waiting, self.waiting = self.waiting, []
-        for said in waiting:
+        for said in self._take_waiting():
             said()
+
+    def _take_waiting(self) -> list[Callable[[], None]]:
+        waiting, self.waiting = self.waiting, []
+        self._stream.waiting_ended(len(waiting))
+        return waiting
 
     def credit(self, messages: int, size_bytes: int) -> None:
         if self.subscription is not None:
@@ -154,7 +162,7 @@ class ConsumerHandle:
     def close(self) -> None:
         """Undelivered messages are taken back, and those it holds go to others."""
         self.state = HandleState.CLOSED
-        self.waiting.clear()
+        self._take_waiting()
         if self.subscription is not None:
             self.subscription.detach(self)
         if self.reader is not None:
@@ -179,8 +187,10 @@ class ConsumeStream:
         self._client = ""
         # None: closed; what is still under way to it is dropped.
         self._handles: dict[int, ConsumerHandle | None] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        # In the order of their starts: cancelled in another one, each would be searched among all that wait for a lock.
+        self._tasks: dict[asyncio.Task[None], None] = {}
         self._unanswered = 0
+        self._waiting = 0
         self._wake = asyncio.Event()
         self._progress = asyncio.Event()
         self._ending = False
@@ -220,11 +230,19 @@ class ConsumeStream:
         return None if data is None else parse(broker_pb2.ConsumeRequest, data)
 
     async def _wait_for_answers(self) -> None:
-        while self._unanswered + self.outbox.answers > ANSWERS_MAX:
+        while self._unanswered + self.outbox.answers > ANSWERS_MAX or self._waiting > STREAM_WAITING_MAX:
             self._progress.clear()
             await self._progress.wait()
 
+    def waiting_ended(self, count: int) -> None:
+        """So much of what was said about a handle that was being opened waits no more."""
+        self._waiting -= count
+        self._progress.set()
+
     def _act(self, frame: broker_pb2.ConsumeRequest) -> None:
+        items = len(frame.credits) + len(frame.acks) + len(frame.nacks) + len(frame.seeks) + len(frame.close)
+        if items > ITEMS_MAX:
+            raise _violation(f"a frame has at most {ITEMS_MAX} items: send several items=`{items}`")
         ranges = sum(len(ack.ranges) for ack in frame.acks) + sum(len(nack.ranges) for nack in frame.nacks)
         ranges += sum(len(subscription.held) for subscription in frame.open)
         if ranges > RANGES_MAX:
@@ -258,6 +276,7 @@ class ConsumeStream:
             if len(handle.waiting) >= WAITING_MAX:
                 raise _violation(f"too much is said about a handle that is being opened handle=`{number}`")
             handle.waiting.append(lambda: self._to_handle(number, act, said, request_id))
+            self._waiting += 1
         else:
             try:
                 act(handle, said)
@@ -289,6 +308,8 @@ class ConsumeStream:
     ) -> None:
         if self._handles.get(number) is not None:
             raise _violation(f"the handle is open already handle=`{number}`")
+        if len(self._tasks) >= HANDLES_MAX:
+            raise _violation(f"a stream opens at most {HANDLES_MAX} consumers at a time")
         self._handles.pop(number, None)
         if len(self._handles) >= HANDLES_MAX and not self._forget_closed_handle():
             raise _violation(f"a stream has at most {HANDLES_MAX} open handles handle=`{number}`")
@@ -439,7 +460,7 @@ class ConsumeStream:
                 data, delivered = frame
                 try:
                     await self._stream.write(data)
-                except (grpc.RpcError, grpc.aio.UsageError, asyncio.InvalidStateError):
+                except GONE:
                     return  # The client is gone; reading ends too.
                 self.outbox.written(delivered)
                 self._progress.set()
@@ -457,8 +478,8 @@ class ConsumeStream:
 
     def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
         task = asyncio.create_task(work, name=name)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._tasks[task] = None
+        task.add_done_callback(self._tasks.pop)
 
 
 def _violation(message: str) -> Refused:

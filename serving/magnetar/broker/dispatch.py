@@ -232,6 +232,11 @@ class Dispatch:
         """Its outgoing buffer is full, or has room again."""
         self.consumers[consumer].paused = paused
 
+    @property
+    def takers(self) -> bool:
+        """Whether there is a consumer whose outgoing buffer has room."""
+        return any(not consumer.paused for consumer in self.consumers.values())
+
     def loaded(self, read: Read, batches: Sequence[LoadedBatch]) -> None:
         """A read brought these batches, ascending; those of an older cursor epoch are dropped."""
         if read == self.reading:
@@ -601,7 +606,7 @@ class QueueDispatch(Dispatch):
                     return
                 effects.append(given)
                 left -= given.messages
-                bytes_max -= len(given.batch.data)
+                bytes_max -= len(given.batch.data) + len(given.selection)
                 self.consumers[consumer.id] = self.consumers.pop(consumer.id)
             if left <= 0:
                 ready.append(consumer)

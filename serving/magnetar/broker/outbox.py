@@ -23,7 +23,9 @@ from magnetar.v1 import broker_pb2
 FRAME_BYTES_MAX = 1 << 20
 BUFFER_BYTES_MAX = 4 << 20
 ITEM_BYTES = 64
-"""What a delivery costs beside its batch, about."""
+"""What a delivery costs beside its batch, its selection and its counts, about."""
+NUMBER_BYTES = 4
+"""Of a number in a list, about."""
 ITEMS_PER_FRAME_MAX = 10_000
 
 
@@ -64,6 +66,8 @@ class Outbox:
         self._items: deque[_Item] = deque()
         self._answers: deque[broker_pb2.AckResult] = deque()
         self._caught_up: dict[int, _Item] = {}
+        self._deliveries: dict[int, deque[_Item]] = {}
+        self._taken_back = 0
         self._others = 0
         self._marks = Watermarks(BUFFER_BYTES_MAX, BUFFER_BYTES_MAX // 2)
 
@@ -87,7 +91,8 @@ class Outbox:
         overtaken = self._caught_up.pop(handle, None)
         if overtaken is not None:
             overtaken.content = None
-        item = _Item(handle, Kind.DELIVERY, given, len(given.batch.data) + ITEM_BYTES)
+        item = _Item(handle, Kind.DELIVERY, given, _delivery_bytes(given))
+        self._deliveries.setdefault(handle, deque()).append(item)
         self._say(item)
         if self._marks.add(item.size_bytes):
             self._on_room(False)
@@ -119,15 +124,20 @@ class Outbox:
     def drop_deliveries(self, handle: int) -> tuple[int, int]:
         """Takes back what was delivered on the handle and is not in a frame yet; returns its messages and bytes."""
         messages = size_bytes = freed = 0
-        kept: deque[_Item] = deque()
-        for item in self._items:
-            if item.handle == handle and isinstance(item.content, Deliver):
-                messages += item.content.messages
-                size_bytes += len(item.content.batch.data)
-                freed += item.size_bytes
-            else:
-                kept.append(item)
-        self._items = kept
+        dropped = self._deliveries.pop(handle, ())
+        for item in dropped:
+            assert isinstance(item.content, Deliver)
+            messages += item.content.messages
+            size_bytes += len(item.content.batch.data)
+            freed += item.size_bytes
+            item.content = None
+        self._taken_back += len(dropped)
+        if 2 * self._taken_back > len(self._items):
+            # Sweeping at each drop would cost a stream of many handles the product of both.
+            self._items = deque(
+                item for item in self._items if item.kind is not Kind.DELIVERY or item.content is not None
+            )
+            self._taken_back = 0
         self.written(freed)
         return messages, size_bytes
 
@@ -159,11 +169,13 @@ class Outbox:
             items.popleft()
             self._others -= item.kind is not Kind.DELIVERY
             if item.content is None:
+                self._taken_back -= item.kind is Kind.DELIVERY
                 continue
             total += item.size_bytes
             kinds[item.handle] = item.kind
             if isinstance(item.content, Deliver):
                 delivered += item.size_bytes
+                self._sent(item.handle)
                 _add_delivery(frame, item.handle, item.content)
             else:
                 item.content(frame)
@@ -171,10 +183,22 @@ class Outbox:
                     del self._caught_up[item.handle]
         return delivered
 
+    def _sent(self, handle: int) -> None:
+        """The oldest delivery on the handle is in a frame."""
+        waiting = self._deliveries[handle]
+        waiting.popleft()
+        if not waiting:
+            del self._deliveries[handle]
+
     def _say(self, item: _Item) -> None:
         self._items.append(item)
         self._others += item.kind is not Kind.DELIVERY
         self._on_said()
+
+
+def _delivery_bytes(given: Deliver) -> int:
+    """A selection can be far larger than its batch: nothing but the batch's producer says how many messages it has."""
+    return len(given.batch.data) + len(given.selection) + NUMBER_BYTES * len(given.redeliveries) + ITEM_BYTES
 
 
 def _add_delivery(frame: broker_pb2.ConsumeResponse, handle: int, given: Deliver) -> None:

@@ -19,8 +19,6 @@ from contextlib import suppress
 from enum import Enum
 from typing import Protocol
 
-import grpc
-import grpc.aio
 import structlog
 
 from magnetar.broker.budget import ByteBudget
@@ -28,7 +26,7 @@ from magnetar.broker.dedup import NO_SEQUENCE, PRODUCER_ID_BYTES, StoredBatch, V
 from magnetar.broker.metrics import BrokerMetrics
 from magnetar.broker.refusals import checked_name, refusal_of, topic_name
 from magnetar.broker.shard import ServedShard, fenced, superseded
-from magnetar.node.rpc import Refused, ServerStream, invalid_argument, malformed, parse
+from magnetar.node.rpc import GONE, Refused, ServerStream, invalid_argument, malformed, parse
 from magnetar.v1 import broker_pb2, common_pb2
 from magnetar.wire.batch import BODY_BYTES_MAX, BatchHeader, MalformedBatch, parse_header
 
@@ -443,7 +441,7 @@ class ProduceStream:
                 while (frame := self._next_frame()) is not None:
                     await self._stream.write(frame)
                     self._written.set()
-        except (grpc.RpcError, grpc.aio.UsageError, asyncio.InvalidStateError):
+        except GONE:
             return  # The client is gone; reading ends too.
         except Exception:
             log.exception("writing to a client failed", peer=self._stream.peer)

@@ -82,9 +82,9 @@ class Pump:
                         pause_s = min(2 * pause_s, RETRY_MAX_S)
                     else:
                         pause_s = RETRY_FIRST_S
-                elif not delivered:
+                    continue
+                if not delivered:
                     await self._woken.wait()
-                # What comes from the cache comes without waiting: let the others run, too.
                 await asyncio.sleep(0)
         except LogReleased:
             return  # Whoever released the shard tells the consumers.
@@ -119,7 +119,13 @@ class Pump:
             log.warning("read failed", shard=self._log.shard_id, offset=read.offset, problem=self.problem)
         else:
             self.problem = ""
-            core.loaded(read, loaded_batches(entries))
+            # What comes from the cache comes without waiting: let the others run, too. They may fill the buffer that
+            # this was read for, and thousands of consumers would each keep what none of them may deliver.
+            await asyncio.sleep(0)
+            if core.takers:
+                core.loaded(read, loaded_batches(entries))
+            else:
+                core.read_failed(read)
 
 
 def loaded_batches(entries: list[StoredEntry]) -> list[LoadedBatch]:

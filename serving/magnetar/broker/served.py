@@ -15,6 +15,7 @@ import structlog
 from magnetar.broker.budget import ByteBudget
 from magnetar.broker.metrics import BrokerMetrics
 from magnetar.broker.ownership import Ownership
+from magnetar.broker.producer_table import DamagedProducerTable
 from magnetar.broker.refusals import RETRY_AFTER_MS, refusal_of
 from magnetar.broker.shard import ServedShard, rebuild_producers
 from magnetar.broker.topics import Topics
@@ -159,7 +160,7 @@ class ServedShards:
             await self._topics.get(metadata.record.topic)
             try:
                 return await self._open(metadata)
-            except (LogError, LedgerError) as error:
+            except (LogError, LedgerError, DamagedProducerTable) as error:
                 raise unavailable(f"the shard cannot be opened now: {error}", retry_after_ms=RETRY_AFTER_MS) from error
 
     async def _open(self, metadata: ShardMetadata) -> ServedShard:
@@ -186,7 +187,7 @@ class ServedShards:
                 self._shard_pending_bytes_max,
                 parts.now_us,
             )
-            await shard.adopt(await self._topics.subscriptions(shard.topic))
+            await shard.adopt()
             session = self._ownership.session
             if session is not None and session != metadata.session:
                 # It was lost and begun anew meanwhile, when this shard was not among those to be told.

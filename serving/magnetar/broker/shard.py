@@ -7,7 +7,7 @@ a group of batches that became durable goes to the table first, then to the stre
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import structlog
@@ -97,6 +97,8 @@ class ServedShard:
         self._closing = False
         self._handles: set[ProducerPort] = set()
         self._openings: dict[int, ProducerPort] = {}
+        # Held while a record is read and its cursor made: else a deletion in between leaves a cursor of no
+        # subscription, and a creation is taken for one.
         self._subscription_changes = asyncio.Lock()
         shard_log.on_appended = self._appended
         shard_log.producer_snapshot = self._producer_snapshot
@@ -179,15 +181,15 @@ class ServedShard:
         known = self.subscriptions.get(name)
         if known is not None and known.type is kind:
             return known
-        record = await self._topics.open_subscription(self.topic, name, kind, start if create else None)
         async with self._subscription_changes:
+            record = await self._topics.open_subscription(self.topic, name, kind, start if create else None)
             await self._ensure_cursor(record)
             return self._subscription(record)
 
-    async def adopt(self, records: Iterable[SubscriptionRecord]) -> None:
+    async def adopt(self) -> None:
         """Makes the cursors here those of the topic's subscriptions: all of these, and no others."""
-        wanted = {record.name: record for record in records}
         async with self._subscription_changes:
+            wanted = {record.name: record for record in await self._topics.subscriptions(self.topic)}
             for name in [name for name in self.log.cursors if name not in wanted]:
                 await self._drop(name)
             for record in wanted.values():
@@ -213,15 +215,18 @@ class ServedShard:
         assert not isinstance(start, Anchor)
         return await self.log.offset_at(start.time_us)
 
-    async def seek(self, record: SubscriptionRecord, floor: int) -> None:
-        """Moves the subscription here, consumers or none; durable on return."""
+    async def seek(self, name: str, floor: int) -> None:
+        """Moves the subscription here, consumers or none; durable on return. Raises Refused(SUBSCRIPTION_NOT_FOUND)."""
         async with self._subscription_changes:
+            record = await self._topics.subscription(self.topic, name)
+            if record is None:
+                raise subscription_not_found(self.topic, name)
             await self._ensure_cursor(record)
-            subscription = self.subscriptions.get(record.name)
+            subscription = self.subscriptions.get(name)
             if subscription is not None:
                 await subscription.seek(AtOffset(floor))
             else:
-                await self.log.seek(record.name, floor)
+                await self.log.seek(name, floor)
 
     async def _ensure_cursor(self, record: SubscriptionRecord) -> None:
         cursor = self.log.cursors.get(record.name)

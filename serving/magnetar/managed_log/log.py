@@ -351,7 +351,7 @@ class ManagedLog:
             raise LogReleased(self.shard_id, CLOSED)
 
     def _into_log(self, offset: int) -> int:
-        return max(self.start_offset, min(offset, self.end_offset))
+        return max(self._trimmer.start_offset, min(offset, self.end_offset))
 
     def _check_ack(self, floor: int, ranges: Sequence[Range]) -> None:
         end = self.end_offset

@@ -5,7 +5,9 @@
 2. Nothing goes that the last durable snapshot of the producers' table does not cover: the next owner rebuilds the table
    from it and the messages after it. If that stands in the way, a snapshot is written first.
 3. Ledgers are deleted in the transaction that unlinks them; bookies collect what no record names.
-4. The open segment goes too once everything in it is acknowledged: it is ended if its size is worth it.
+4. Cursors move while a trim reads: what goes is looked at once more when its transaction is made, and from then on no
+   cursor may begin below `start_offset`. A floor below the log could never be acknowledged.
+5. The open segment goes too once everything in it is acknowledged: it is ended if its size is worth it.
 """
 
 from __future__ import annotations
@@ -25,7 +27,10 @@ from magnetar.metadata.store import MetadataUnavailable
 
 
 class Trimmer:
-    """See the module. One trim at a time; a call meanwhile does nothing."""
+    """See the module. One trim at a time; a call meanwhile does nothing.
+
+    start_offset   where the log begins, or will when the transaction under way is applied
+    """
 
     def __init__(
         self, shard: OwnedShard, chain: Chain, appender: Appender, cursors: CursorLedger, reads: SegmentReads
@@ -36,6 +41,7 @@ class Trimmer:
         self._cursors = cursors
         self._reads = reads
         self._busy = False
+        self.start_offset = shard.record.start_offset
 
     def due(self) -> bool:
         """A cheap look at whether cursors have moved so far that `trim` would find something."""
@@ -118,7 +124,7 @@ class Trimmer:
     async def _drop(
         self, oldest: tuple[Segment, ...], count: int, ledgers: list[LedgerRecord], floor_time_us: int
     ) -> int:
-        """One transaction. Returns 0 if the chain has changed meanwhile: there is nothing to hurry."""
+        """One transaction. Returns 0 if chain or cursors have changed meanwhile: there is nothing to hurry."""
         dropped: Trimmed | None = None
 
         def build(record: ShardRecord) -> ShardChange | None:
@@ -126,8 +132,12 @@ class Trimmer:
             current = record.segments if record.pages == 0 else self._chain.oldest()
             if isinstance(current, PageNeeded) or current[:count] != oldest[:count]:
                 return None
+            floor = self._cursors.table.safe_floor()
+            if floor is not None and floor < oldest[count - 1].end_offset:
+                return None
             dropped = drop_oldest(record, current, count)
             after = dropped.record
+            self.start_offset = after.start_offset
             if not after.segments and not after.pages:
                 # Nothing is left to tell when the last message was published, and no later one may be older.
                 last_us = max(after.floor_time_us, floor_time_us, self._appender.last_time_us)
