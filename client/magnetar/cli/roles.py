@@ -37,6 +37,8 @@ ENSEMBLE_MAX = 3
 BOOKIES_MAX = 9
 STANDALONE_LEASE_S = 5.0
 BOOKIE_MEMORY_BYTES = 64 * MIB
+PENDING_BYTES = 12 * MIB
+"""What producers may have under way. A bookie queues a quarter of its memory: what fits there never finds it busy."""
 
 REFUSALS = (BookieRefusal, MetadataError, DamagedRecord, ListenError, IdInUse)
 """What a role may refuse to start for; each message is one line with cause and remedy."""
@@ -118,6 +120,7 @@ async def _start(standalone: Standalone, parts: lifecycle.Stack) -> Ready:
         ensemble_size=write_quorum,
         write_quorum=write_quorum,
         ack_quorum=write_quorum // 2 + 1,
+        pending_bytes=PENDING_BYTES,
         lease_s=STANDALONE_LEASE_S,
     )
     broker = await Broker.start(settings, store, keyspace, directory, registry=registry)

@@ -55,7 +55,7 @@ class BrokerSettings(Settings):
     segment_bytes: int = Field(default=64 * MIB, ge=64 * KIB, le=2 * GIB)
     segment_s: float = Field(default=3600.0, gt=0)
     cache_bytes: int = Field(default=64 * MIB, ge=1 * MIB)
-    pending_bytes: int = Field(default=64 * MIB, ge=1 * MIB, description="published and not yet stored, all producers")
+    pending_bytes: int = Field(default=24 * MIB, ge=1 * MIB, description="published and not yet stored, all producers")
     max_message_bytes: int = Field(default=5 * MIB, ge=1 * KIB, le=5 * MIB)
     retention_unsubscribed_s: float = Field(default=7 * 24 * 3600.0, ge=0)
     trim_interval_s: float = Field(default=5.0, gt=0)
