@@ -162,7 +162,8 @@ def test_the_trace_reader_sees_an_answer_before_its_sync() -> None:
 
 def test_no_add_is_answered_before_the_log_that_holds_it_is_synced(tmp_path: Path) -> None:
     strace = shutil.which("strace")
-    assert strace is not None, "strace is needed: apt-get install strace"
+    if strace is None:
+        pytest.skip("strace is needed: apt-get install strace")  # a failure in CI, see tests/conftest.py
     trace = tmp_path / "trace"
     calls = "trace=fdatasync,fsync,write,pwrite64,writev,pwritev"
     ran = subprocess.run(
