@@ -1,14 +1,18 @@
-"""What holds for every test: the same examples in each run, and no skipped test in CI."""
+"""What holds for every test: the same examples in each run, Ctrl-C as usual, and no skipped test in CI."""
 
 from __future__ import annotations
 
 import os
+import signal
 
 import pytest
 from hypothesis import settings
 
 settings.register_profile("magnetar", derandomize=True, deadline=None)
 settings.load_profile("magnetar")
+
+# A shell that starts the tests in the background has them ignore SIGINT, and every process that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

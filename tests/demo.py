@@ -34,6 +34,7 @@ PACED_OVER_S = 5.0
 GROUP = 100
 START_TIMEOUT_S = 30.0
 FINISH_TIMEOUT_S = 30.0
+QUIET_S = 1.0
 
 console = Console()
 
@@ -90,6 +91,10 @@ class Seen:
         self.order.setdefault(str(message.key), []).append(row)
         self.damaged += message.payload != flights[row].text
 
+    def misses(self, flights: list[Flight]) -> bool:
+        """Something is still to come. Once nothing is, consumers stay for a while: a duplicate would come late."""
+        return self.times.total() < len(flights)
+
     def exactly_once(self, flights: list[Flight]) -> tuple[bool, str]:
         once = sum(1 for flight in flights if self.times[flight.row] == 1)
         ok = once == len(flights) == self.times.total() and not self.damaged
@@ -143,8 +148,8 @@ async def publish(client: Client, flights: list[Flight], bar: Progress) -> Publi
 async def read_stream(client: Client, flights: list[Flight], seen: Seen, bar: Progress) -> None:
     task = bar.add_task("read by the stream subscription", total=len(flights))
     async with client.stream_consumer(TOPIC, subscription="audit", start=EARLIEST) as consumer:
-        while seen.times.total() < len(flights):
-            for message in await consumer.receive_batch(max_messages=1000, timeout=1.0):
+        while (messages := await consumer.receive_batch(max_messages=1000, timeout=QUIET_S)) or seen.misses(flights):
+            for message in messages:
                 seen.take(message, flights)
                 consumer.ack(message)
             bar.update(task, completed=seen.times.total())
@@ -155,8 +160,8 @@ async def read_queue(client: Client, flights: list[Flight], seen: Seen, bar: Pro
 
     async def one_consumer() -> None:
         async with client.queue_consumer(TOPIC, subscription="boards", key_ordered=True, start=EARLIEST) as consumer:
-            while seen.times.total() < len(flights):
-                for message in await consumer.receive_batch(max_messages=500, timeout=0.5):
+            while (messages := await consumer.receive_batch(max_messages=500, timeout=QUIET_S)) or seen.misses(flights):
+                for message in messages:
                     seen.take(message, flights)
                     consumer.ack(message)
                 bar.update(task, completed=seen.times.total())
@@ -172,6 +177,8 @@ async def first_half(address: str, flights: list[Flight]) -> tuple[Published, di
     columns = (TextColumn("{task.description:<34}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     async with connect(address) as client:
         await client.admin.topics.create(TOPIC, shards=SHARDS)
+        # What all subscriptions have acknowledged is deleted. This one acknowledges nothing.
+        await client.admin.subscriptions.create(TOPIC, "archive", start=EARLIEST)
         with Progress(*columns, console=console) as bar:
             async with asyncio.timeout(PACED_OVER_S + FINISH_TIMEOUT_S), asyncio.TaskGroup() as group:
                 group.create_task(read_stream(client, flights, seen["stream"], bar))

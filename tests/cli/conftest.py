@@ -71,7 +71,8 @@ class Magnetar:
     """Runs the command, against one server if it is given."""
 
     def __init__(self, server: str | None = None) -> None:
-        kept = {name: value for name, value in os.environ.items() if not name.startswith("MAGNETAR")}
+        # GRPC_*: importing the client library sets what a process of its own would set otherwise.
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("MAGNETAR", "GRPC_"))}
         self.environment = {**kept, "COLUMNS": "160", **({"MAGNETAR_SERVER": server} if server else {})}
 
     def run(self, *arguments: object, input: bytes = b"", **popen: Any) -> Ran:

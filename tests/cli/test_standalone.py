@@ -129,6 +129,25 @@ def test_a_bookie_whose_disk_is_gone_is_refused(magnetar: Any, stopped: Path, tm
     assert refused(magnetar, folder, "bookie0", "disk was lost or swapped")
 
 
+def test_a_lost_bookie_starts_empty_when_told_to_and_the_others_have_the_data(
+    magnetar: Any, start: Start, tmp_path: Path
+) -> None:
+    server, where = start(tmp_path, "--bookies", 3)
+    send(magnetar, where, b"a\nb\n")
+    assert server.end().code == 0
+    shutil.rmtree(tmp_path / "bookie2")
+    # The last of them: it is missed though no directory tells.
+    assert refused(magnetar, tmp_path, "disk was lost or swapped", "--repair-bookie bookie2")
+    assert refused(magnetar, tmp_path, "no bookie bookie7", options=("--repair-bookie", "bookie7"))
+    server, where = start(tmp_path, "--repair-bookie", "bookie2")
+    assert where["bookies"] == 3
+    send(magnetar, where, b"c\n")
+    assert read(magnetar, where, "--count", "2") == "a\nb\n"
+    server.kill()
+    server, where = start(tmp_path)
+    assert read(magnetar, where, "--no-wait") == "c\n"
+
+
 def test_a_bookie_of_another_cluster_is_refused(magnetar: Any, start: Start, stopped: Path, tmp_path: Path) -> None:
     server, _ = start(tmp_path / "other")
     assert server.end().code == 0

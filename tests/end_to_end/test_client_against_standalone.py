@@ -244,6 +244,16 @@ async def test_a_named_producer_stores_each_sequence_once_and_fences_its_older_c
         assert [message.payload async for message in reader] == [b"%d" % n for n in range(8)]
 
 
+async def test_a_name_belongs_to_its_newest_connection_from_the_moment_it_is_open(client: Client) -> None:
+    async with client.producer("renamed", name="importer") as older:
+        await older.send(b"before")
+        async with client.producer("renamed", name="importer"):
+            with pytest.raises(ProducerFenced):
+                await older.send(b"after")
+    async with client.reader("renamed", stop=LATEST) as reader:
+        assert [message.payload async for message in reader] == [b"before"]
+
+
 async def test_what_does_not_exist_or_exists_already_has_an_error_of_its_own(client: Client) -> None:
     topics, subscriptions = client.admin.topics, client.admin.subscriptions
     created = await topics.create("present", shards=3)

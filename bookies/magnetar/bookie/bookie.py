@@ -318,8 +318,8 @@ async def _open(settings: BookieSettings, stack: Stack, open_store: OpenStore) -
         store = await open_store(directory / "store", settings.memory_bytes)
     except StoreDamaged as damage:
         raise BookieRefusal(
-            f"the store is damaged: {damage}; remove the directory and repair the identity of bookie "
-            f"`{settings.id}`: other copies hold the data"
+            f"the store is damaged: {damage}; move {directory} away and start with --repair-bookie {settings.id} "
+            "if other bookies hold the data, or restore it from a backup"
         ) from None
     except StoreUnopenable as error:
         raise BookieRefusal(f"the store cannot be opened: {error}; remove the cause and start again") from None

@@ -114,7 +114,7 @@ def _check_unstamped(entries: EntryStore, there: Cookie | None, bookie_id: str) 
     if there is not None and there.directory_id != REPAIRED:
         raise BookieRefusal(
             f"the data directory is empty but bookie `{bookie_id}` had one: its disk was lost or swapped; "
-            "bring the directory back, or repair the identity to start empty: other copies hold the data"
+            f"bring the directory back, or start empty with --repair-bookie {bookie_id} if other bookies hold the data"
         )
     return there is not None
 

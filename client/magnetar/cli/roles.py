@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +17,7 @@ import structlog
 from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector
 
 from magnetar.bookie.bookie import Bookie
-from magnetar.bookie.cookies import BookieRefusal
+from magnetar.bookie.cookies import BookieRefusal, repair_identity
 from magnetar.broker.broker import Broker
 from magnetar.ledger.bookie_directory import BookieDirectory
 from magnetar.ledger.bookie_rpc import BookieRpc
@@ -52,13 +52,17 @@ class StandaloneRefused(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Standalone:
-    """What to start: `bookies` None = as many as the directory holds, or one."""
+    """What to start: `bookies` None = as many as the directory holds, or one.
+
+    repair_bookie   a bookie whose directory was lost: it may start empty, and the others hold the data
+    """
 
     data_dir: Path
     host: str = "127.0.0.1"
     port: int = 7650
     http_port: int | None = None
     bookies: int | None = None
+    repair_bookie: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +106,9 @@ async def _start(standalone: Standalone, parts: lifecycle.Stack) -> Ready:
     store = await SqliteStore.open(data_dir / "metadata.sqlite", drop_leases=True)
     parts.push("metadata", store.close)
     keyspace = Keyspace(CLUSTER)
-    count = bookie_count(data_dir, standalone.bookies)
+    if standalone.repair_bookie is not None and not await repair_identity(store, keyspace, standalone.repair_bookie):
+        raise StandaloneRefused(f"there is no bookie {standalone.repair_bookie} to repair: see magnetar cluster health")
+    count = bookie_count(data_dir, standalone.bookies, await _stamped_bookies(store, keyspace))
     bookies = await _start_bookies(data_dir, count, store, keyspace, registry, parts)
 
     def connect(registration: BookieRegistration) -> BookieRpc:
@@ -168,9 +174,13 @@ async def _start_bookies(
     return bookies
 
 
-def bookie_count(data_dir: Path, asked: int | None) -> int:
-    """How many bookies to start. Raises StandaloneRefused when fewer are asked for than hold data."""
-    present = sum(1 for path in data_dir.iterdir() if re.fullmatch(r"bookie\d+", path.name))
+def bookie_count(data_dir: Path, asked: int | None, stamped: Iterable[str] = ()) -> int:
+    """How many bookies to start. Raises StandaloneRefused when fewer are asked for than hold data.
+
+    stamped   ids of all bookies that ever were, as metadata has them: a lost directory does not make one fewer
+    """
+    names = {*(path.name for path in data_dir.iterdir()), *stamped}
+    present = 1 + max((int(name[6:]) for name in names if re.fullmatch(r"bookie\d{1,3}", name)), default=-1)
     if asked is None:
         return present or 1
     if asked < present:
@@ -179,3 +189,8 @@ def bookie_count(data_dir: Path, asked: int | None) -> int:
             "or choose another --data-dir"
         )
     return asked
+
+
+async def _stamped_bookies(store: SqliteStore, keyspace: Keyspace) -> list[str]:
+    cookies = await store.range(keyspace.cookies_prefix())
+    return [keyspace.parse_cookie(item.key) for item in cookies.items]

@@ -23,6 +23,10 @@ def standalone(
     bookies: Annotated[
         int | None, typer.Option(min=1, max=9, help="Storage nodes; default: as many as the directory holds, or 1.")
     ] = None,
+    repair_bookie: Annotated[
+        str | None,
+        typer.Option(metavar="ID", help="Let this bookie start empty: its directory was lost, others hold it."),
+    ] = None,
     output: OutputOption = Output.table,
 ) -> None:
     """Runs a whole cluster in one process until Ctrl-C; the data stays in --data-dir."""
@@ -42,7 +46,7 @@ def standalone(
         if host not in ("127.0.0.1", "localhost", "::1"):
             note(f"magnetar: warning: listening on {host} without security: whoever reaches it can read and write")
 
-    asked = roles.Standalone(data_dir=data_dir, host=host, port=port, http_port=http_port, bookies=bookies)
+    asked = roles.Standalone(data_dir, host, port, http_port, bookies, repair_bookie)
     try:
         roles.run_standalone(asked, ready)
     except roles.StandaloneRefused as refused:

@@ -6,6 +6,7 @@ front of other lanes' outboxes, in order. Batches are encoded when the stream pu
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -49,6 +50,8 @@ class Lane(ShardLink[ProduceStream]):
         super().__init__(cluster, topic, place.shard_id, place.owner)
         self.chain = Chain()
         self.outbox = Outbox(place.shard_id, owner.batching, self._begun)
+        self.was_opened = asyncio.Event()
+        """Set once the broker has answered an opening, or none will be answered any more."""
         self._producer = owner
 
     # --- sending ---
@@ -146,6 +149,7 @@ class Lane(ShardLink[ProduceStream]):
         if ended:
             self._moved()
         producer.settled(ended)
+        self.was_opened.set()
         self.wake()
 
     def _drop_covered(self, parents: Sequence[ParentRange]) -> list[Batch]:
@@ -223,6 +227,10 @@ class Lane(ShardLink[ProduceStream]):
         self._cut(unavailable("the client gave up waiting"))
 
     # --- the end ---
+
+    def abandon(self) -> None:
+        super().abandon()
+        self.was_opened.set()
 
     def fail(self, error: MagnetarError) -> None:
         """Give up everything, oldest first."""

@@ -80,17 +80,19 @@ class Lanes:
         self._row_of_slot: array[int] = array("H")
         self._keyless_slot: int | None = None
         self._unlisten: Callable[[], None] | None = None
+        self._refusal: MagnetarError | None = None
 
     # --- life ---
 
     async def open(self) -> None:
         """The topic exists on return; with a name, older connections of it are fenced. Raises MagnetarError."""
         await self._find_shards()
+        self._unlisten = self._cluster.layouts.listen(self._topic, self._adopt)
         if self.name:
             await self._register()
+            await self._fence_older()
         else:
             self.producer_id = os.urandom(16)
-        self._unlisten = self._cluster.layouts.listen(self._topic, self._adopt)
 
     async def _find_shards(self) -> None:
         """Adopt the topic's layout; while it is split there may be moments without a complete one."""
@@ -110,6 +112,23 @@ class Lanes:
         registered = broker_pb2.RegisterProducerResponse.FromString(answer)
         self.producer_id, self.epoch = registered.producer_id, registered.epoch
         self._keyless_slot = slot_of(self.producer_id)
+
+    async def _fence_older(self) -> None:
+        """Open at every shard: the brokers refuse older connections of the name from then on."""
+        for lane in self._row:
+            lane.start()
+        try:
+            async with asyncio.timeout(self._cluster.timeout_s):
+                while unopened := [lane for lane in self._row if not lane.was_opened.is_set()]:
+                    unopened[0].start()
+                    await unopened[0].was_opened.wait()
+        except TimeoutError:
+            raise ClusterUnavailable(
+                f"the producer could not be opened within {self._cluster.timeout_s:g} s, nothing was sent: "
+                f"producer=`{self.name}` topic=`{self._topic}`"
+            ) from None
+        if self._refusal is not None:
+            raise self._refusal
 
     async def drain(self) -> None:
         """Until everything that is here now has ended."""
@@ -240,7 +259,7 @@ class Lanes:
         self.pending += sum(part.size for part in parts) - batch.size
 
     def lane_failed(self, refused: Refused) -> None:
-        error = refused.public()
+        error = self._refusal = refused.public()
         self._lifetime.fail(error)
         self.fail_all(error)
         for lane in self._row:

@@ -124,6 +124,7 @@ class Producer:
         try:
             await self._lanes.open()
         except BaseException:
+            await self._lanes.stop()
             self._lifetime.end()
             raise
         self._lifetime.opened()

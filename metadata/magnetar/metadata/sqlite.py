@@ -246,7 +246,10 @@ class SqliteStore:
         try:
             tables = Tables(self._path)
         except (sqlite3.Error, MetadataError) as error:
-            raise MetadataError(f"cannot open the metadata database: path=`{self._path}` error=`{error}`") from error
+            raise MetadataError(
+                f"cannot open the metadata database: restore the whole data directory from a backup, or use another: "
+                f"path=`{self._path}` error=`{error}`"
+            ) from error
         try:
             _sync_directory(self._path.parent)
             if drop_leases:
