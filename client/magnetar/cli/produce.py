@@ -98,7 +98,11 @@ def produce(
 async def _send(
     producer: Producer, first: Group, groups: AsyncIterator[Group], on_stored: Callable[[int], None]
 ) -> None:
-    """Several groups at a time, in order. Raises, in an ExceptionGroup, what the first failed one raised."""
+    """Several groups at a time, in order. Raises, in an ExceptionGroup, what the first failed one raised.
+
+    Input that cannot be read ends it with CommandFailed, after what was read before is stored.
+    """
+    unreadable: CommandFailed | None = None
     room = asyncio.Semaphore(GROUPS_IN_FLIGHT_MAX)
 
     async def send_group(payloads: list[bytes], keys: list[bytes | None] | None) -> None:
@@ -114,8 +118,13 @@ async def _send(
 
     async with asyncio.TaskGroup() as sending:
         await start(first)
-        async for group in groups:
-            await start(group)
+        try:
+            async for group in groups:
+                await start(group)
+        except CommandFailed as failure:
+            unreadable = failure
+    if unreadable is not None:
+        raise unreadable
 
 
 def _opened(file: str) -> AbstractContextManager[int]:

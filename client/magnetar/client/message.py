@@ -345,11 +345,6 @@ class MessageBatch:
         return self.body.event_times
 
     @property
-    def count_stored(self) -> int:
-        """Messages of the stored batch, meant or not."""
-        return self._header.count
-
-    @property
     def size_bytes(self) -> int:
         """What it counts for in the broker's credit: the bytes of the stored batch."""
         return len(self._data)

@@ -258,7 +258,11 @@ class Producer:
         self._raise_trouble()
         values = [payload if type(payload) is bytes else payload_bytes(payload) for payload in payloads]
         encoded = None if keys is None else key_column(keys, values)
-        check_sizes(values, encoded)
+        try:
+            check_sizes(values, encoded)
+        except MagnetarError as error:
+            error.ids = [None] * len(values)
+            raise
         if self._numbering:
             raise InvalidArgument("this producer numbers its messages: use send(..., sequence=) for each")
         places: list[Place] = []

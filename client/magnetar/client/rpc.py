@@ -161,5 +161,7 @@ def _refused(address: str, error: grpc.aio.AioRpcError) -> Refused:
             return Refused(common_pb2.ERROR_REASON_NOT_AUTHORIZED, detail)
         case grpc.StatusCode.INVALID_ARGUMENT:
             return Refused(common_pb2.ERROR_REASON_INVALID_ARGUMENT, detail)
+        case grpc.StatusCode.UNAVAILABLE:
+            return unavailable(f"no broker answers: start one, or name another server: {detail}")
         case _:
             return unavailable(detail)
