@@ -49,7 +49,7 @@ async def test_bookies_of_a_cluster_share_its_instance_id_and_not_their_director
 
 async def test_an_empty_directory_under_a_known_name_is_refused_with_the_remedy(metadata: MetadataStore) -> None:
     await establish(MemoryEntryStore(), metadata)
-    with pytest.raises(BookieRefusal, match=r"disk was lost or swapped.*repair the identity") as refusal:
+    with pytest.raises(BookieRefusal, match=r"disk was lost or swapped.*--repair-bookie b0") as refusal:
         await establish(MemoryEntryStore(), metadata)
     assert "\n" not in str(refusal.value)
 
@@ -243,7 +243,7 @@ async def test_a_damaged_store_is_refused_with_cause_and_remedy(bookies: Any, wr
     manifest = next((tmp_path / "bookie0" / "store" / "rocksdb").glob("MANIFEST-*"))
     manifest.write_bytes(manifest.read_bytes()[:40])
     with pytest.raises(
-        BookieRefusal, match=r"store is damaged: .*remove the directory and repair the identity"
+        BookieRefusal, match=r"store is damaged: .*away and start with --repair-bookie bookie0"
     ) as seen:
         await bookies.start(rocksdb=True)
     assert "\n" not in str(seen.value)

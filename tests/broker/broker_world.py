@@ -104,12 +104,13 @@ class Cluster:
         directory = BookieDirectory(self.store, KEYSPACE, lambda bookie: self.bookies[bookie.bookie_id].local())
         await directory.start()
         self._stack.push_async_callback(directory.stop)
-        merged = {"id": name, "cluster": "test", "listen": "127.0.0.1:0", **settings}
+        merged = {"id": name, "cluster": "test", "listen": "127.0.0.1:0", "pending_bytes": 64 << 20, **settings}
         broker = await Broker.start(BrokerSettings(**merged), self.store, KEYSPACE, directory)
         self.brokers.append(broker)
         return broker
 
     async def stop_brokers(self) -> None:
+        self.disk.set()
         for broker in self.brokers:
             await broker.stop()
 
