@@ -242,9 +242,7 @@ async def test_a_damaged_store_is_refused_with_cause_and_remedy(bookies: Any, wr
     await bookie.stop()
     manifest = next((tmp_path / "bookie0" / "store" / "rocksdb").glob("MANIFEST-*"))
     manifest.write_bytes(manifest.read_bytes()[:40])
-    with pytest.raises(
-        BookieRefusal, match=r"store is damaged: .*away and start with --repair-bookie bookie0"
-    ) as seen:
+    with pytest.raises(BookieRefusal, match=r"store is damaged: .*away and start with --repair-bookie bookie0") as seen:
         await bookies.start(rocksdb=True)
     assert "\n" not in str(seen.value)
 
