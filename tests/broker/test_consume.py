@@ -94,6 +94,23 @@ async def test_what_was_acknowledged_stays_so_for_the_next_owner(
             assert sorted(await heir.offsets(len(left), handle=2)) == left
 
 
+async def test_a_queue_at_its_next_owner_waits_for_those_who_hold_messages(
+    cluster: Cluster, consume: Consume, publish: Publish, shard: int, connect: Callable[[Broker], Calls]
+) -> None:
+    await publish(10, times=2)
+    async with consume() as client:
+        await client.open(shard, consumer="slow", messages=10)
+        assert await client.offsets(10) == list(range(10))
+        await cluster.brokers.pop().stop()
+        second = connect(await cluster.start_broker("broker1"))
+        async with ConsumeClient(second) as quick, ConsumeClient(second) as slow:
+            await quick.open(shard, consumer="quick")
+            await slow.open(shard, consumer="slow", messages=0, held=[(0, 10)])
+            assert await quick.offsets(10) == list(range(10, 20))
+            assert await quick.caught_up() == 20
+            assert not quick.deliveries
+
+
 async def test_credit_bounds_what_a_queue_consumer_gets(consume: Consume, publish: Publish, shard: int) -> None:
     await publish(10, times=3)
     async with consume() as client:

@@ -31,6 +31,9 @@ from magnetar.node.rpc import Refused
 from magnetar.v1 import common_pb2
 from magnetar.wire.batch import BatchHeader, parse_header
 
+REUNION_S = 1.0
+"""After a shard is opened here, how long its queues wait for the consumers of its former owner."""
+
 log = structlog.get_logger("magnetar.shard")
 
 
@@ -95,6 +98,8 @@ class ServedShard:
         self._budget = budget
         self._now_us = now_us
         self._closing = False
+        self._inherited = set(shard_log.cursors)
+        self._reunited_at = asyncio.get_running_loop().time() + REUNION_S
         self._handles: set[ProducerPort] = set()
         self._openings: dict[int, ProducerPort] = {}
         # Held while a record is read and its cursor made: else a deletion in between leaves a cursor of no
@@ -241,7 +246,8 @@ class ServedShard:
         self.check_served()
         known = self.subscriptions.get(record.name)
         if known is None:
-            known = Subscription(self.log, record.name, record.type, record.subscription_id)
+            reunited_at = self._reunited_at if record.name in self._inherited else 0.0
+            known = Subscription(self.log, record.name, record.type, record.subscription_id, reunited_at)
             self.subscriptions[record.name] = known
         return known
 

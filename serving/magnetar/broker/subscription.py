@@ -81,9 +81,20 @@ class SubscriptionFacts:
 
 
 class Subscription:
-    """See the module. It has a task while consumers are attached."""
+    """See the module. It has a task while consumers are attached.
 
-    def __init__(self, shard_log: ManagedLog, name: str, type: SubscriptionType, subscription_id: int) -> None:
+    reunited_at   the loop's time until which a queue delivers nothing: consumers of the shard's former owner may be on
+                  their way with messages in their hands, and what they hold is not given to others
+    """
+
+    def __init__(
+        self,
+        shard_log: ManagedLog,
+        name: str,
+        type: SubscriptionType,
+        subscription_id: int,
+        reunited_at: float = 0.0,
+    ) -> None:
         self.name = name
         self.type = type
         self.subscription_id = subscription_id
@@ -94,6 +105,8 @@ class Subscription:
         self._named: dict[str, ConsumerSession] = {}
         self._next_id = itertools.count()
         self._seeks = 0
+        self._reunited_at = reunited_at if type is SubscriptionType.QUEUE else 0.0
+        self._reunion: asyncio.TimerHandle | None = None
         self._core: StreamDispatch | QueueDispatch = self._new_core(key_ordered=False)
         self._pump = Pump(shard_log, self._core, self._carry_out, self._skip_trimmed, self.close)
 
@@ -116,6 +129,7 @@ class Subscription:
             self._named[session.consumer] = session
         self._core.attach(consumer, held)
         self._core.pause(consumer, session.full)
+        self._wait_for_reunion()
         self._pump.start()
         self._pump.wake()
         return Attached(
@@ -206,8 +220,21 @@ class Subscription:
 
     def _suspend(self, seeks: int) -> None:
         self._seeks += seeks
-        self._pump.suspended = self._seeks > 0
+        self._resume()
+
+    def _resume(self) -> None:
+        self._pump.suspended = self._seeks > 0 or self._reunion is not None
         self._pump.wake()
+
+    def _wait_for_reunion(self) -> None:
+        loop = asyncio.get_running_loop()
+        if self._reunion is None and loop.time() < self._reunited_at:
+            self._reunion = loop.call_at(self._reunited_at, self._reunited)
+            self._resume()
+
+    def _reunited(self) -> None:
+        self._reunion, self._reunited_at = None, 0.0
+        self._resume()
 
     def _skip_trimmed(self, trimmed: OffsetTrimmed) -> None:
         self._core.trimmed(trimmed.start_offset)
@@ -217,6 +244,8 @@ class Subscription:
     def close(self, refused: Refused) -> None:
         """Ends every consumer with this error: the shard is released, or the subscription deleted."""
         self._pump.stop()
+        if self._reunion is not None:
+            self._reunion.cancel()
         sessions, self._sessions, self._ids, self._named = self._sessions, {}, {}, {}
         for consumer, session in sessions.items():
             self._core.detach(consumer)
@@ -249,6 +278,8 @@ class Subscription:
         if self._cursor.backlog(self._log.end_offset) == 0:
             return []
         reasons = ["a seek is being stored"] if self._seeks else []
+        if self._reunion is not None:
+            reasons.append("the shard was just taken over: consumers that held messages of it may come back")
         if self._pump.problem:
             reasons.append(f"reading fails: {self._pump.problem}")
         causes = self._core.explain(self._log.end_offset)
