@@ -13,6 +13,7 @@ from magnetar.bookie.entry_store import EntryStore, LedgerMark, encode_mark
 from magnetar.bookie.group_commit import GROUP_BYTES_MAX, GroupCommit
 from magnetar.bookie.handlers import BookieHandlers
 from magnetar.bookie.judge import Conditions, ReadConditions
+from magnetar.bookie.local import LocalBookie
 from magnetar.bookie.memory import MemoryEntryStore
 from magnetar.bookie.metrics import BookieMetrics
 from magnetar.bookie.reads import Reads
@@ -326,3 +327,26 @@ async def test_many_reads_share_their_trips_and_each_gets_its_own_answer(node: N
 
 def test_the_mark_of_a_ledger_is_small() -> None:
     assert len(encode_mark(LedgerMark(b"t" * 16, 1))) == 34
+
+
+async def test_adds_of_the_same_process_wait_for_room_in_their_order(node: Node, held_disk: Any, writer: Any) -> None:
+    local = LocalBookie("b", node.handlers)
+    ledger = writer()
+    held_disk.hold()
+    answers = [local.add(ledger.add(entry, payload=bytes(MIB))) for entry in range(12)]
+    await held_disk.syncing.wait()
+    await spin()
+    assert not any(answer.done() for answer in answers)
+    assert node.commits.held_bytes <= 4 * MIB
+    held_disk.release()
+    assert [result.status for result in await asyncio.gather(*answers)] == [AddStatus.OK] * 12
+    local.close()
+
+
+async def test_an_add_that_waits_for_room_is_answered_at_its_deadline(node: Node, held_disk: Any, writer: Any) -> None:
+    local = LocalBookie("b", node.handlers, timeout_s=0.05)
+    ledger = writer()
+    held_disk.hold()
+    answers = [local.add(ledger.add(entry, payload=bytes(MIB))) for entry in range(12)]
+    assert {result.status for result in await asyncio.gather(*answers)} == {AddStatus.NO_ANSWER}
+    local.close()

@@ -125,6 +125,10 @@ class GroupCommit:
             return _answered(Done("bookie stops" if self._closing else "too much is queued"))
         return cast("asyncio.Future[Done]", self._enqueue(item, ITEM_OVERHEAD_BYTES))
 
+    @property
+    def has_room(self) -> bool:
+        return self._room.is_set()
+
     async def room(self) -> None:
         """Returns when the queue is less than half full: whoever reads from a network waits for it."""
         await self._room.wait()

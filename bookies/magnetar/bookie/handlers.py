@@ -66,6 +66,11 @@ class BookieHandlers:
             return _answered(unknown_lac("no ledger has this id"))
         return self._call(self._read_lac(query), unknown_lac)
 
+    @property
+    def has_room(self) -> bool:
+        """`room` would return at once."""
+        return self._commits.has_room
+
     async def room(self) -> None:
         """Returns when there is room for adds: whoever reads them from a network waits for it."""
         await self._commits.room()
