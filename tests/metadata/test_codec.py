@@ -113,7 +113,7 @@ CODECS: dict[str, st.SearchStrategy[Any]] = {
     "subscription": st.builds(SubscriptionRecord, NAME, NAME, U64, st.sampled_from(SubscriptionType), STARTS, I64),
     "producer": st.builds(ProducerRecord, st.binary(min_size=16, max_size=16), U64),
     "bookie": st.builds(BookieRegistration, NAME, TEXT, TEXT, st.sampled_from(BookieState), U64, U64, U64, TEXT, TEXT),
-    "broker": st.builds(BrokerRegistration, NAME, TEXT, TEXT, TEXT),
+    "broker": st.builds(BrokerRegistration, NAME, TEXT, TEXT, TEXT, st.booleans()),
     "cookie": st.builds(Cookie, NAME, NAME, NAME, NAME),
     "counter": st.integers(1, (1 << 64) - 1),
     "text": NAME,

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from magnetar.metadata.sqlite import SqliteStore
-from magnetar.metadata.sqlite_tables import TRIM_REVISIONS, Tables
+from magnetar.metadata.sqlite import TRIM_REVISIONS, SqliteStore
+from magnetar.metadata.sqlite_tables import Tables
 from magnetar.metadata.store import (
     Changes,
     Delete,
@@ -34,10 +34,7 @@ def path(tmp_path: Path) -> Path:
 
 
 async def pragma(store: SqliteStore, name: str) -> Any:
-    def run(tables: Tables) -> tuple[Any, None]:
-        return tables._connection.execute(f"PRAGMA {name}").fetchone()[0], None
-
-    return await store._ask(run)
+    return await store.engine.ask(lambda tables: tables._connection.execute(f"PRAGMA {name}").fetchone()[0])
 
 
 async def test_every_commit_is_synced(path: Path) -> None:
@@ -191,18 +188,15 @@ async def test_a_grant_whose_caller_went_away_expires(path: Path, clock: Any) ->
         await asyncio.sleep(0)
         grant.cancel()
         await store.get("behind the grant in the queue")
-        assert await pragma_count(store) == 1
+        assert await lease_count(store) == 1
         for _ in range(2):
             clock.now += 0.5
             await store.tick()
-        assert await pragma_count(store) == 0
+        assert await lease_count(store) == 0
 
 
-async def pragma_count(store: SqliteStore) -> int:
-    def run(tables: Tables) -> tuple[int, None]:
-        return tables._connection.execute("SELECT count(*) FROM leases").fetchone()[0], None
-
-    return await store._ask(run)
+async def lease_count(store: SqliteStore) -> int:
+    return await store.engine.ask(lambda tables: len(tables.leases))
 
 
 # History.
@@ -230,7 +224,7 @@ async def test_history_is_bounded_on_disk_and_older_watches_are_reset_after_a_re
             await store.txn([], [Put("a", b"")])
         revision = (await store.range("")).revision
     with sqlite3.connect(path) as connection:
-        assert connection.execute("SELECT count(*) FROM changes").fetchone()[0] <= TRIM_REVISIONS + 10
+        assert connection.execute("SELECT count(*) FROM versions").fetchone()[0] <= TRIM_REVISIONS + 10
     connection.close()
     async with await SqliteStore.open(path, history_changes_max=10) as store:
         assert [event async for event in store.watch("a", from_revision=revision - 10)] == [Reset()]
@@ -245,11 +239,7 @@ async def test_history_is_bounded_on_disk_and_older_watches_are_reset_after_a_re
 
 
 async def trace(store: SqliteStore, callback: Callable[[str], object] | None) -> None:
-    def run(tables: Tables) -> tuple[None, None]:
-        tables._connection.set_trace_callback(callback)
-        return None, None
-
-    await store._ask(run)
+    await store.engine.ask(lambda tables: tables._connection.set_trace_callback(callback))
 
 
 async def test_concurrent_transactions_share_one_commit_and_see_each_other(path: Path) -> None:
@@ -257,7 +247,7 @@ async def test_concurrent_transactions_share_one_commit_and_see_each_other(path:
         statements: list[str] = []
         await trace(store, statements.append)
         go_on = threading.Event()
-        held = asyncio.ensure_future(store._ask(lambda tables: (go_on.wait(10), None)))
+        held = asyncio.ensure_future(store.engine.ask(lambda tables: go_on.wait(10)))
         calls = [store.txn([absent("k")], [Put("k", b"%d" % i)]) for i in range(100)]
         results = asyncio.gather(*calls)
         read = asyncio.ensure_future(store.get("k"))
@@ -337,7 +327,7 @@ async def test_keys_of_an_ended_lease_are_deleted_once_the_disk_has_space_again(
         assert await store.get("a") is not None
         await store.tick()
         assert await store.get("a") is None
-        assert not store._ended_leases
+        assert store.engine.ended_leases == 0
 
 
 async def test_after_an_io_error_nothing_is_believed_and_the_store_still_closes(path: Path) -> None:
@@ -358,13 +348,13 @@ async def test_after_an_io_error_nothing_is_believed_and_the_store_still_closes(
 
 
 async def test_a_fault_in_the_thread_fails_the_store_and_it_still_closes(path: Path) -> None:
-    def fault(tables: Tables) -> tuple[None, None]:
+    def fault(tables: Tables) -> None:
         raise RuntimeError("a fault of the program")
 
     async with await SqliteStore.open(path) as store:
         await store.txn([], [Put("a", b"")])
         for _ in range(2):
             with pytest.raises(MetadataUnavailable, match="a fault of the program"):
-                await store._ask(fault)
+                await store.engine.ask(fault)
     async with await SqliteStore.open(path) as store:
         assert await store.get("a") is not None

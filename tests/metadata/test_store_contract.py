@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,11 +11,13 @@ import pytest
 from magnetar.metadata.store import (
     COMPARES_MAX,
     OPERATIONS_MAX,
+    TXN_BYTES_MAX,
     VALUE_BYTES_MAX,
     Change,
     Changes,
     Delete,
     DeletePrefix,
+    KeyValue,
     LeaseExpired,
     MetadataError,
     MetadataStore,
@@ -122,6 +125,7 @@ async def test_every_kind_of_compare_holds_and_fails_as_it_should(store: Metadat
         [Put("", b"")],
         [DeletePrefix("")],
         [Put("a", bytes(VALUE_BYTES_MAX + 1))],
+        [Put("a", bytes(TXN_BYTES_MAX // 2)), Put("b", bytes(TXN_BYTES_MAX // 2))],
         [Put("\ud800", b"")],
         [Put(str(i), b"") for i in range(OPERATIONS_MAX + 1)],
     ],
@@ -135,7 +139,9 @@ async def test_a_transaction_beyond_the_limits_is_refused_whole(
 
 
 async def test_a_transaction_at_the_limits_is_applied(store: MetadataStore) -> None:
-    operations = [Put(f"{i:03}", bytes(VALUE_BYTES_MAX) if i == 0 else b"") for i in range(OPERATIONS_MAX)]
+    rest = TXN_BYTES_MAX - VALUE_BYTES_MAX - 3 * (OPERATIONS_MAX + COMPARES_MAX)
+    values = {0: bytes(VALUE_BYTES_MAX), 1: bytes(rest)}
+    operations = [Put(f"{i:03}", values.get(i, b"")) for i in range(OPERATIONS_MAX)]
     compares = [absent(f"{i:03}") for i in range(COMPARES_MAX)]
     assert (await store.txn(compares, operations)).succeeded
     assert len(await keys(store)) == OPERATIONS_MAX
@@ -188,12 +194,20 @@ async def test_of_concurrent_compare_and_sets_exactly_one_wins(store: MetadataSt
     assert [result.succeeded for result in results].count(True) == 1
 
 
-async def test_concurrent_transactions_get_consecutive_revisions_in_the_order_of_the_calls(
-    store: MetadataStore,
-) -> None:
+async def test_concurrent_transactions_get_consecutive_revisions(store: MetadataStore) -> None:
     start = (await store.range("")).revision
     results = await asyncio.gather(*(store.txn([], [Put(f"k{i}", b"")]) for i in range(50)))
-    assert [result.revision for result in results] == [start + 1 + i for i in range(50)]
+    assert sorted(result.revision for result in results) == [start + 1 + i for i in range(50)]
+    assert [(await store.get(f"k{i}")) for i in range(50)] == [
+        KeyValue(f"k{i}", b"", result.revision, result.revision) for i, result in enumerate(results)
+    ]
+
+
+async def test_concurrent_transactions_in_this_process_are_applied_in_the_order_of_the_calls(
+    local_store: MetadataStore,
+) -> None:
+    results = await asyncio.gather(*(local_store.txn([], [Put(f"k{i}", b"")]) for i in range(50)))
+    assert [result.revision for result in results] == sorted(result.revision for result in results)
 
 
 # Watches.
@@ -257,20 +271,23 @@ async def test_a_watch_never_splits_a_revision(store: MetadataStore) -> None:
     await watch.close()
 
 
-async def test_a_watch_from_compacted_history_is_reset_and_ends(store: MetadataStore) -> None:
+async def test_a_watch_from_compacted_history_is_reset_and_ends(
+    store: MetadataStore, compact: Callable[[], None]
+) -> None:
     first = await put(store, "a")
     for _ in range(60):
         await put(store, "a")
+    compact()
     events = [event async for event in store.watch("a", from_revision=first)]
     assert events == [Reset()]
 
 
-async def test_a_watch_that_was_overtaken_by_compaction_is_reset(store: MetadataStore) -> None:
-    watch = store.watch("a", from_revision=await put(store, "a"))
+async def test_a_watch_that_was_overtaken_by_compaction_is_reset(local_store: MetadataStore) -> None:
+    watch = local_store.watch("a", from_revision=await put(local_store, "a"))
     events = aiter(watch)
     assert isinstance(await anext(events), Changes)
     for _ in range(60):
-        await put(store, "a")
+        await put(local_store, "a")
     assert [event async for event in watch] == [Reset()]
 
 
@@ -286,7 +303,8 @@ async def test_a_watch_of_a_quiet_prefix_is_not_reset_by_changes_elsewhere(store
 
 
 async def test_closing_a_watch_or_the_store_ends_the_iteration(store: MetadataStore) -> None:
-    watches = [store.watch("a", from_revision=1) for _ in range(2)]
+    start = (await store.range("")).revision + 1
+    watches = [store.watch("a", from_revision=start) for _ in range(2)]
     waiting = [asyncio.ensure_future(anext(aiter(watch), None)) for watch in watches]
     await asyncio.sleep(0)
     await watches[0].close()
@@ -357,49 +375,49 @@ async def test_closing_the_store_loses_the_leases_held_in_this_process(store: Me
     await lease.revoke()
 
 
-async def test_a_lease_without_keepalive_expires_and_takes_its_keys(store: Any, clock: Any) -> None:
-    lease_id = await store.grant_remote_lease(2)
-    await put(store, "a", lease_id=lease_id)
+async def test_a_lease_without_keepalive_expires_and_takes_its_keys(local_store: Any, clock: Any) -> None:
+    lease_id = await local_store.grant_remote_lease(2)
+    await put(local_store, "a", lease_id=lease_id)
     for _ in range(4):
         clock.now += 0.5
-        assert await keys(store) == ["a"]
-        await store.tick()
-    assert await keys(store) == []
+        assert await keys(local_store) == ["a"]
+        await local_store.tick()
+    assert await keys(local_store) == []
     with pytest.raises(LeaseExpired):
-        await store.keep_alive(lease_id)
+        await local_store.keep_alive(lease_id)
 
 
-async def test_a_keepalive_gives_a_lease_its_full_time_again(store: Any, clock: Any) -> None:
-    lease_id = await store.grant_remote_lease(2)
-    await put(store, "a", lease_id=lease_id)
+async def test_a_keepalive_gives_a_lease_its_full_time_again(local_store: Any, clock: Any) -> None:
+    lease_id = await local_store.grant_remote_lease(2)
+    await put(local_store, "a", lease_id=lease_id)
     for _ in range(10):
         clock.now += 0.5
-        await store.tick()
-        assert await store.keep_alive(lease_id) == 2
-    assert await keys(store) == ["a"]
+        await local_store.tick()
+        assert await local_store.keep_alive(lease_id) == 2
+    assert await keys(local_store) == ["a"]
 
 
-async def test_a_lease_held_in_this_process_does_not_expire(store: Any, clock: Any) -> None:
-    lease = await store.grant_lease(2)
-    await put(store, "a", lease_id=lease.lease_id)
+async def test_a_lease_held_in_this_process_does_not_expire(local_store: Any, clock: Any) -> None:
+    lease = await local_store.grant_lease(2)
+    await put(local_store, "a", lease_id=lease.lease_id)
     for _ in range(20):
         clock.now += 0.5
-        await store.tick()
-    assert await keys(store) == ["a"]
+        await local_store.tick()
+    assert await keys(local_store) == ["a"]
     assert not lease.lost
 
 
-async def test_a_late_tick_gives_every_lease_its_full_time_again(store: Any, clock: Any) -> None:
-    await put(store, "a", lease_id=await store.grant_remote_lease(2))
-    await store.tick()
+async def test_a_late_tick_gives_every_lease_its_full_time_again(local_store: Any, clock: Any) -> None:
+    await put(local_store, "a", lease_id=await local_store.grant_remote_lease(2))
+    await local_store.tick()
     clock.now += 60
-    await store.tick()
+    await local_store.tick()
     clock.now += 1
-    await store.tick()
-    assert await keys(store) == ["a"]
+    await local_store.tick()
+    assert await keys(local_store) == ["a"]
     clock.now += 1
-    await store.tick()
-    assert await keys(store) == []
+    await local_store.tick()
+    assert await keys(local_store) == []
 
 
 @pytest.mark.parametrize("ttl_s", [0, -1, 0.1, 1e9, float("nan")])

@@ -11,7 +11,14 @@ from typing import Any, TypeVar
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from magnetar.metadata.memory import MemoryStore
 from magnetar.metadata.sqlite import SqliteStore
@@ -129,10 +136,11 @@ class Watcher:
 
 class StoreMachine(RuleBasedStateMachine):
     store: MetadataStore
+    shared_runner: asyncio.Runner | None = None
 
     def __init__(self) -> None:
         super().__init__()
-        self.runner = asyncio.Runner()
+        self.runner = self.shared_runner or asyncio.Runner()
         self.directory = tempfile.TemporaryDirectory()
         self.watchers: list[Watcher] = []
         self.leases: list[Lease] = []
@@ -147,7 +155,8 @@ class StoreMachine(RuleBasedStateMachine):
     @initialize()
     def begin(self) -> None:
         self.store = self.run(self.open())
-        self.model = Model(self.run(self.store.range("")).revision)
+        self.first_revision = self.run(self.store.range("")).revision
+        self.model = Model(self.first_revision)
 
     def lease_id(self, choice: int) -> int:
         """0 = none; otherwise one of the leases so far, ended ones too, or one that never was."""
@@ -191,8 +200,8 @@ class StoreMachine(RuleBasedStateMachine):
             return [result.revision for result in results]
 
         revisions = self.run(send())
-        assert revisions == [self.model.revision + 1 + i for i in range(len(keys))]
-        for key in keys:
+        assert sorted(revisions) == [self.model.revision + 1 + i for i in range(len(keys))]
+        for _, key in sorted(zip(revisions, keys, strict=True)):
             self.model.apply([Put(key, b"c")])
 
     @rule(prefix=PREFIXES, after=st.one_of(st.just(""), KEYS), limit=st.integers(0, 4))
@@ -216,8 +225,11 @@ class StoreMachine(RuleBasedStateMachine):
     @precondition(lambda self: len(self.watchers) < 4)
     @rule(prefix=PREFIXES, back=st.integers(0, 10))
     def watch(self, prefix: str, back: int) -> None:
-        start = max(1, self.model.revision + 1 - back)
-        self.watchers.append(Watcher(prefix, start, self.store.watch(prefix, from_revision=start)))
+        start = max(self.first_revision + 1, self.model.revision + 1 - back)
+        self.watchers.append(Watcher(prefix, start, self.run(self.begin_watch(prefix, start))))
+
+    async def begin_watch(self, prefix: str, start: int) -> Watch:
+        return self.store.watch(prefix, from_revision=start)
 
     def expected(self, watcher: Watcher) -> list[Change]:
         return [c for c in self.model.log if c.revision >= watcher.start and c.key.startswith(watcher.prefix)]
@@ -253,7 +265,8 @@ class StoreMachine(RuleBasedStateMachine):
             self.run(watcher.watch.close())
         if hasattr(self, "store"):
             self.run(self.store.close())
-        self.runner.close()
+        if self.shared_runner is None:
+            self.runner.close()
         self.directory.cleanup()
 
 
@@ -296,6 +309,20 @@ class SqliteMachine(StoreMachine):
         if choice == 0 or not alive:
             return 0
         return alive[choice % len(alive)].lease_id
+
+
+def test_a_store_in_a_server_keeps_the_rules(served_engine: Any, request: pytest.FixtureRequest, clock: Any) -> None:
+    with asyncio.Runner() as runner:
+
+        class ServedMachine(StoreMachine):
+            shared_runner = runner
+
+            async def open(self) -> MetadataStore:
+                opened: MetadataStore = await served_engine.open(request, Path(self.directory.name), clock)
+                return opened
+
+        quick = settings(max_examples=12, stateful_step_count=30, **QUICK)  # type: ignore[arg-type]
+        run_state_machine_as_test(ServedMachine, settings=quick)
 
 
 QUICK = {"deadline": None, "derandomize": True, "database": None, "suppress_health_check": list(HealthCheck)}

@@ -354,6 +354,7 @@ def encode_broker(registration: BrokerRegistration) -> bytes:
         address=registration.address,
         version=registration.version,
         http_address=registration.http_address,
+        leaving=registration.leaving,
     ).SerializeToString(deterministic=True)
 
 
@@ -365,6 +366,7 @@ def decode_broker(data: bytes) -> BrokerRegistration:
         address=message.address,
         version=message.version,
         http_address=message.http_address,
+        leaving=message.leaving,
     )
 
 

@@ -29,7 +29,7 @@ class History:
         self._kept: deque[Changes] = deque()
         self._kept_changes = 0
         self._kept_bytes = 0
-        self._watches: set[HistoryWatch] = set()
+        self._watches: dict[HistoryWatch, None] = {}
         self._closed = False
 
     def append(self, changes: Changes) -> None:
@@ -57,11 +57,11 @@ class History:
         if self._closed:
             watch.end()
         else:
-            self._watches.add(watch)
+            self._watches[watch] = None
         return watch
 
     def forget(self, watch: HistoryWatch) -> None:
-        self._watches.discard(watch)
+        self._watches.pop(watch, None)
 
     def close(self) -> None:
         """Ends all watches."""

@@ -31,6 +31,7 @@ COUNTER_SHARD = "shard"
 COUNTER_LEDGER = "ledger"
 COUNTER_SUBSCRIPTION = "subscription"
 
+CLUSTERS_PREFIX = "/magnetar/"
 NUMBER_MAX = (1 << 64) - 1
 NAME = "*"
 NUMBER = "#"
@@ -67,6 +68,11 @@ def number(value: int) -> str:
     if not 0 <= value <= NUMBER_MAX:
         raise ValueError(f"a number in a key has 64 bits: number=`{value}`")
     return f"{value:0{_NUMBER_DIGITS}x}"
+
+
+def cluster_of(key: str) -> str:
+    """The cluster under whose root a key stands; empty for a key of no cluster."""
+    return key.removeprefix(CLUSTERS_PREFIX).partition("/")[0] if key.startswith(CLUSTERS_PREFIX) else ""
 
 
 def _is_number(part: str) -> bool:
@@ -118,7 +124,7 @@ class Keyspace:
 
     def __init__(self, cluster: str) -> None:
         self.cluster = _name(cluster)
-        self.root = f"/magnetar/{cluster}/"
+        self.root = f"{CLUSTERS_PREFIX}{cluster}/"
 
     def __repr__(self) -> str:
         return f"Keyspace({self.cluster!r})"

@@ -101,6 +101,16 @@ class LeaseTable:
         entry = self._entries.get(lease_id)
         return None if entry is None else min(entry.ttl_s, max(0.0, entry.deadline - now))
 
+    def ttl_s(self, lease_id: int) -> float:
+        """Of a lease that is there."""
+        return self._entries[lease_id].ttl_s
+
+    def by_deadline(self) -> list[int]:
+        return sorted(self._entries, key=lambda lease_id: (self._entries[lease_id].deadline, lease_id))
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
     def __contains__(self, lease_id: int) -> bool:
         return lease_id in self._entries
 

@@ -209,6 +209,7 @@ class BrokerRegistration:
     address: str
     version: str = ""
     http_address: str = ""
+    leaving: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,8 @@ from typing import Protocol, Self
 OPERATIONS_MAX = 100
 COMPARES_MAX = 100
 VALUE_BYTES_MAX = 1 << 20
+TXN_BYTES_MAX = 1_400_000
+"""Keys and values of a transaction together: etcd takes requests of 1.5 MiB."""
 
 
 class MetadataError(Exception):
@@ -149,11 +151,11 @@ def check_txn(compares: Sequence[Compare], operations: Sequence[Operation]) -> N
     """Refuses with ValueError what no engine accepts: more than the limits, or two operations that touch one key."""
     if len(compares) > COMPARES_MAX or len(operations) > OPERATIONS_MAX:
         raise ValueError(f"a transaction is too large: compares=`{len(compares)}` operations=`{len(operations)}`")
-    for compare in compares:
-        _check_key(compare.key)
+    size_bytes = sum(len(_check_key(compare.key).encode()) for compare in compares)
     keys: set[str] = set()
     prefixes: list[str] = []
     for operation in operations:
+        size_bytes += _size_bytes(operation)
         if isinstance(operation, DeletePrefix):
             prefixes.append(_check_key(operation.prefix))
             continue
@@ -162,10 +164,18 @@ def check_txn(compares: Sequence[Compare], operations: Sequence[Operation]) -> N
         if _check_key(operation.key) in keys:
             raise ValueError(f"two operations of a transaction touch one key: key=`{operation.key}`")
         keys.add(operation.key)
+    if size_bytes > TXN_BYTES_MAX:
+        raise ValueError(f"a transaction is too large: bytes=`{size_bytes}` max=`{TXN_BYTES_MAX}`")
     for i, prefix in enumerate(prefixes):
         others = prefixes[:i] + prefixes[i + 1 :]
         if any(k.startswith(prefix) for k in keys) or any(p.startswith(prefix) for p in others):
             raise ValueError(f"two operations of a transaction touch one key: prefix=`{prefix}`")
+
+
+def _size_bytes(operation: Operation) -> int:
+    if isinstance(operation, DeletePrefix):
+        return len(operation.prefix.encode())
+    return len(operation.key.encode()) + (len(operation.value) if isinstance(operation, Put) else 0)
 
 
 def _check_key(key: str) -> str:

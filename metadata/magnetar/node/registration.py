@@ -1,7 +1,9 @@
 """A role's session: its one leased key in the metadata store.
 
 The session is named by the create revision of that key, so that a transaction can ask whether it still exists. When the
-lease is lost the role is told, and registers again by itself, with a new session, for as long as it runs.
+lease is lost the role is told, and registers again by itself, for as long as it runs: with a new session, or with the
+one before if its key still stands. A lease is taken for lost before the store would end it, and a store that comes back
+gives leases their full time again: nobody has seen such a session end.
 """
 
 from __future__ import annotations
@@ -25,6 +27,8 @@ from magnetar.metadata.store import (
 RETRY_S = 0.5
 """Pause between two attempts to register again."""
 POLLS_PER_LEASE = 10
+EXPIRY_S = 2.0
+"""What a store may take to find a lease over: etcd looks twice a second, and adds an election's time at its start."""
 
 log = structlog.get_logger("magnetar.registration")
 
@@ -36,7 +40,7 @@ class IdInUse(Exception):
 class Registration:
     """Registers `key` with a value under a lease of `lease_s` seconds and keeps it there.
 
-    `on_session` is called with each new session, `on_lost` when one has ended without being asked to.
+    `on_session` is called when a session begins or goes on, `on_lost` when one is lost without being asked to.
     """
 
     def __init__(
@@ -58,15 +62,16 @@ class Registration:
         self._on_session = on_session
         self._on_lost = on_lost
         self._keeper: asyncio.Task[None] | None = None
+        self._lost_session: int | None = None
 
     async def register(self) -> int:
         """Returns the session. Waits one lease for a predecessor of the same id to go.
 
         Raises IdInUse when it did not, MetadataUnavailable when the store does not answer.
         """
-        deadline = asyncio.get_running_loop().time() + self._lease_s + self._lease_s / POLLS_PER_LEASE
+        begin = asyncio.get_running_loop().time()
         while (session := await self._try_register()) is None:
-            if asyncio.get_running_loop().time() >= deadline:
+            if asyncio.get_running_loop().time() >= begin + self._patience_s():
                 raise IdInUse(f"id is in use by a living process: stop it or choose another id key={self.key}")
             await asyncio.sleep(self._lease_s / POLLS_PER_LEASE)
         self._begin(session)
@@ -97,11 +102,21 @@ class Registration:
             with suppress(MetadataUnavailable):
                 await self._lease.revoke()
 
+    def _patience_s(self) -> float:
+        """A store may grant more than was asked for, as it did to the predecessor, and takes time to end it."""
+        granted_s = self._lease_s if self._lease is None else max(self._lease_s, self._lease.ttl_s)
+        return granted_s + granted_s / POLLS_PER_LEASE + EXPIRY_S
+
     async def _try_register(self) -> int | None:
         if self._lease is None or self._lease.lost:
             self._lease = await self._store.grant_lease(self._lease_s)
+        put = Put(self.key, self._value, self._lease.lease_id)
         try:
-            result = await self._store.txn([absent(self.key)], [Put(self.key, self._value, self._lease.lease_id)])
+            if self._lost_session is not None:
+                result = await self._store.txn([created_at(self.key, self._lost_session)], [put])
+                if result.succeeded:
+                    return self._lost_session
+            result = await self._store.txn([absent(self.key)], [put])
             if result.succeeded:
                 return result.revision
         except LeaseExpired:
@@ -124,7 +139,7 @@ class Registration:
             assert self._lease is not None
             await self._lease.wait_lost()
             log.warning("session lost", key=self.key, session=self.session)
-            self.session = None
+            self._lost_session, self.session = self.session, None
             self._on_lost()
             self._begin(await self._register_again())
 

@@ -11,7 +11,7 @@ import asyncio
 import resource
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import grpc
 import grpc.aio
@@ -85,6 +85,15 @@ class Refused(Exception):
         )
 
 
+class RefusedWithStatus(Exception):
+    """A refusal in the words of another protocol: its status and text, and nothing of ours."""
+
+    def __init__(self, status: grpc.StatusCode, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+
+
 class ListenError(Exception):
     """The address cannot be listened on; the message names cause and remedy."""
 
@@ -145,6 +154,19 @@ class Service:
     methods: Mapping[str, Any]
 
 
+class Server(Protocol):
+    """A server that listens, whatever carries the calls."""
+
+    @property
+    def port(self) -> int: ...
+
+    async def stop(self, grace_s: float) -> None: ...
+
+
+Serve = Callable[[Sequence["Service"], str], Awaitable[Server]]
+"""Starts a server of these services on an address: `serve`, or what stands in for a network."""
+
+
 @dataclass(slots=True)
 class RunningServer:
     """A server that listens. `port` is the one it got."""
@@ -159,16 +181,17 @@ class RunningServer:
         await self.server.stop(grace_s)
 
 
-async def serve(services: Sequence[Service], listen: str) -> RunningServer:
-    """Listens on `host:port` (port 0: any free one). Raises ListenError."""
+async def serve(services: Sequence[Service], listen: str, *, options: Mapping[str, int] | None = None) -> RunningServer:
+    """Listens on `host:port` (port 0: any free one); `options` go before SERVER_OPTIONS. Raises ListenError."""
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     connections = CONNECTIONS_MAX if files == resource.RLIM_INFINITY else min(CONNECTIONS_MAX, files // 2)
-    server = grpc.aio.server(options=(*SERVER_OPTIONS, ("grpc.max_allowed_incoming_connections", connections)))
+    allowed = {"grpc.max_allowed_incoming_connections": connections}
+    server = grpc.aio.server(options=tuple((dict(SERVER_OPTIONS) | allowed | dict(options or {})).items()))
     health_servicer = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)
     names = [service.descriptor.full_name for service in services]
     reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
-    server.add_generic_rpc_handlers(tuple(_generic_handler(service) for service in services))
+    server.add_generic_rpc_handlers(tuple(generic_handler(service) for service in services))
     try:
         port = server.add_insecure_port(listen)
     except RuntimeError:
@@ -181,7 +204,8 @@ async def serve(services: Sequence[Service], listen: str) -> RunningServer:
     return RunningServer(server, port, health_servicer)
 
 
-def _generic_handler(service: Service) -> grpc.GenericRpcHandler:
+def generic_handler(service: Service) -> grpc.GenericRpcHandler:
+    """The service's handlers as gRPC calls them: with raw bytes and a context, their errors translated."""
     handlers = {}
     for method in service.descriptor.methods:
         handler = service.methods[method.name]
@@ -236,8 +260,10 @@ def _answering(method: MethodDescriptor, handler: ServerStreamHandler) -> Callab
     return call
 
 
-def _told(method: MethodDescriptor, error: Exception) -> common_pb2.Error | None:
+def _told(method: MethodDescriptor, error: Exception) -> common_pb2.Error | RefusedWithStatus | None:
     """What the client is told of an error that ended its call; None if it is gone and cannot be told."""
+    if isinstance(error, RefusedWithStatus):
+        return RefusedWithStatus(error.status, error.message)  # without the frames that the raised one ties
     if isinstance(error, Refused):
         return error.to_error()
     if isinstance(error, GONE):
@@ -248,10 +274,12 @@ def _told(method: MethodDescriptor, error: Exception) -> common_pb2.Error | None
     )
 
 
-async def _end_stream(method: MethodDescriptor, stream: ServerStream, told: common_pb2.Error | None) -> None:
+async def _end_stream(
+    method: MethodDescriptor, stream: ServerStream, told: common_pb2.Error | RefusedWithStatus | None
+) -> None:
     if told is None or stream.context.done():
         return
-    if "error" in method.output_type.fields_by_name:
+    if isinstance(told, common_pb2.Error) and "error" in method.output_type.fields_by_name:
         frame = GetMessageClass(method.output_type)(error=told)
         try:
             await stream.write(frame.SerializeToString())
@@ -261,9 +289,12 @@ async def _end_stream(method: MethodDescriptor, stream: ServerStream, told: comm
         await _abort(stream.context, told)
 
 
-async def _abort(context: Context, told: common_pb2.Error | None) -> None:
+async def _abort(context: Context, told: common_pb2.Error | RefusedWithStatus | None) -> None:
     if told is None:
         await context.abort(grpc.StatusCode.CANCELLED, "the call was given up")
+        return
+    if isinstance(told, RefusedWithStatus):
+        await context.abort(told.status, told.message)
         return
     status = _STATUS.get(told.reason, grpc.StatusCode.FAILED_PRECONDITION)
     metadata = ((ERROR_METADATA_KEY, told.SerializeToString()),)

@@ -16,7 +16,14 @@ from typing import Any
 
 import structlog
 import structlog.tracebacks
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, disable_created_metrics, generate_latest
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    PlatformCollector,
+    ProcessCollector,
+    disable_created_metrics,
+    generate_latest,
+)
 
 from magnetar.node.rpc import ListenError
 
@@ -58,6 +65,14 @@ def configure_logging(level: str = "info") -> None:
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
         cache_logger_on_first_use=True,
     )
+
+
+def new_registry() -> CollectorRegistry:
+    """The metrics of one process, those of the process itself among them."""
+    registry = CollectorRegistry()
+    ProcessCollector(registry=registry)
+    PlatformCollector(registry=registry)
+    return registry
 
 
 class HttpServer:
@@ -119,6 +134,7 @@ class _Server(ThreadingHTTPServer):
     request_queue_size = 2 * CONNECTIONS_MAX
 
     def __init__(self, address: tuple[str, int], owner: HttpServer) -> None:
+        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         super().__init__(address, _Handler)
         self.owner = owner
         self._free = threading.Semaphore(CONNECTIONS_MAX)
