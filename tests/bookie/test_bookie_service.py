@@ -338,6 +338,22 @@ async def test_an_unreachable_bookie_answers_at_once_with_no_answer(writer: Any)
     assert (await client.add(writer(7).add(0))).status is AddStatus.NO_ANSWER
 
 
+@pytest.mark.parametrize(("bookie_id", "cluster"), [("bookie1", "magnetar"), ("bookie0", "another")])
+async def test_another_bookie_at_the_address_is_not_written_to(
+    bookie: Any, writer: Any, bookie_id: str, cluster: str
+) -> None:
+    client = GrpcBookie(bookie_id, bookie.address, cluster=cluster)
+    result = await client.add(writer(7).add(0))
+    assert result.status is AddStatus.NO_ANSWER
+    assert "another bookie answers at this address id=`bookie0` cluster=`magnetar`" in result.message
+    read = await client.read(writer(7).read(0, 0))
+    assert [answer.outcome for answer in read.answers] == [EntryOutcome.UNKNOWN]
+    await client.close()
+    client = GrpcBookie("bookie0", bookie.address, cluster="magnetar")
+    assert (await client.add(writer(7).add(0))).status is AddStatus.OK
+    await client.close()
+
+
 async def test_closing_a_client_completes_what_waits(bookie: Any, held_disk: Any, writer: Any) -> None:
     client = GrpcBookie("bookie0", bookie.address)
     held_disk.hold()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +23,29 @@ def test_read_only_begins_at_its_limit_and_ends_below_the_lower_one() -> None:
     disk = DiskState(read_only_at=0.95, writable_at=0.90)
     seen = []
     for used in (10, 94, 95, 94, 90, 89, 94, 99, 91, 50):
-        changed = disk.update(DiskUsage(100 - used, 100))
-        seen.append((used, disk.state, changed, disk.full))
+        disk.update(DiskUsage(100 - used, 100))
+        seen.append((used, disk.state, disk.full))
     assert seen == [
-        (10, W, False, False),
-        (94, W, False, False),
-        (95, R, True, False),
-        (94, R, False, False),
-        (90, R, False, False),
-        (89, W, True, False),
-        (94, W, False, False),
-        (99, R, True, True),
-        (91, R, False, False),
-        (50, W, True, False),
+        (10, W, False),
+        (94, W, False),
+        (95, R, False),
+        (94, R, False),
+        (90, R, False),
+        (89, W, False),
+        (94, W, False),
+        (99, R, True),
+        (91, R, False),
+        (50, W, False),
     ]
+
+
+def test_a_small_disk_is_full_before_its_reserve_is_touched() -> None:
+    disk = DiskState(read_only_at=0.95, writable_at=0.90, reserve_bytes=20)
+    seen = []
+    for free in (90, 20, 19, 39, 40):
+        disk.update(DiskUsage(free, 100))
+        seen.append((free, disk.state, disk.full))
+    assert seen == [(90, W, False), (20, W, False), (19, R, True), (39, R, False), (40, W, False)]
 
 
 def test_a_disk_without_size_is_full() -> None:
@@ -78,6 +88,22 @@ async def test_a_nearly_full_bookie_takes_recovery_adds_only_and_comes_back(
     assert await registered_state(metadata) is W
     assert (await local.add(writer(8).add(0))).status is AddStatus.OK
     assert bookie.problems() == []
+
+
+async def test_a_disk_that_fills_up_is_noticed_by_the_next_group_and_told_soon(
+    bookies: Any, disk: Any, metadata: MetadataStore, writer: Any
+) -> None:
+    bookie = await bookies.start(gauge=disk)
+    local = bookie.local()
+    before = await metadata.get(Keyspace("test").bookie("bookie0"))
+    assert before is not None
+    disk.used_share = 0.995
+    assert (await local.add(writer(7).add(0, recovery=True))).status is AddStatus.READ_ONLY
+    async with asyncio.timeout(5):
+        await anext(aiter(metadata.watch(before.key, from_revision=before.mod_revision + 1)))
+    assert await registered_state(metadata) is R
+    disk.used_share = 0.5
+    assert (await local.add(writer(7).add(0))).status is AddStatus.OK
 
 
 async def test_a_bookie_that_starts_on_a_full_disk_registers_as_read_only(

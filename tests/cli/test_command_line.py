@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -323,6 +324,33 @@ def test_a_cluster_that_is_well_is_healthy(cluster: Any) -> None:
         "problems": [],
     }  # fmt: skip
     assert cluster.call("cluster", "health").out.startswith("healthy                   yes\n")
+
+
+def test_brokers_and_bookies_are_listed(cluster: Any) -> None:
+    publish(cluster, "held", "a")
+    [broker] = asked(cluster, "brokers", "list")
+    assert (broker["id"], broker["address"]) == ("broker0", cluster.environment["MAGNETAR_SERVER"])
+    assert broker["shards"] > 0
+    bookies = asked(cluster, "bookies", "list")
+    assert [one["id"] for one in bookies] == ["bookie0", "bookie1", "bookie2"]
+    assert {"id", "address", "state", "rack", "ledgers", "bytes", "disk_free_bytes"} <= set(bookies[0])
+    assert all(one["state"] == "WRITABLE" and one["ledgers"] > 0 for one in bookies)
+    assert cluster.call("brokers", "list").out.startswith("broker ")
+    assert cluster.call("bookies", "list").out.startswith("bookie ")
+
+
+def test_bench_publish_starts_a_cluster_of_processes_and_leaves_nothing(magnetar: Any, tmp_path: Path) -> None:
+    ran = magnetar.run(
+        "bench", "publish", "--local", "1,1", "--seconds", 0.3, "--data-dir", tmp_path, "--output", "json"
+    )
+    assert (ran.code, ran.err) == (0, "")
+    result = json.loads(ran.out)
+    assert result["messages"] > 0
+    assert result["settings"]["local"]
+    assert [one["role"] for one in result["processes"]] == ["metadata", "bookie0", "broker0", "client"]
+    assert all(one["peak_rss_mb"] > 0 for one in result["processes"])
+    assert list(tmp_path.iterdir()) == []
+    assert magnetar.run("bench", "publish", "--data-dir", "/proc/x").is_refused(1, "/proc/x", "another --data-dir")
 
 
 def test_bench_publish_measures_and_leaves_nothing(cluster: Any) -> None:

@@ -168,3 +168,16 @@ def test_sizes_and_times_have_units() -> None:
     assert [human_seconds(s) for s in (0.04, 59.9, 61, 7265, 90000)] == [
         "0.0 s", "59.9 s", "1 min 1 s", "2 h 1 min", "1 d 1 h",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments", [("topics", "list"), ("--version",), ("produce", "t", "--dry-run")])
+def test_a_closed_standard_output_is_named(magnetar: Any, arguments: tuple[str, ...]) -> None:
+    ran = magnetar.run(*arguments, preexec_fn=lambda: os.close(1))
+    assert ran.is_refused(1, "standard output is closed", "/dev/null")
+
+
+def test_a_closed_standard_input_is_an_empty_one_and_a_closed_standard_error_is_silence(magnetar: Any) -> None:
+    ran = magnetar.run(*DRY, stdin=None, preexec_fn=lambda: os.close(0))
+    assert (ran.code, counted(ran.out)) == (0, 0)
+    ran = magnetar.run("topics", "list", "--frobnicate", preexec_fn=lambda: os.close(2))
+    assert (ran.code, ran.out, ran.err) == (2, "", "")

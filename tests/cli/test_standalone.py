@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from magnetar.cli.roles import StandaloneRefused, bookie_count
+from magnetar.cli.roles.standalone import StandaloneRefused, bookie_count
 
 Start = Callable[..., tuple[Any, dict[str, Any]]]
 
@@ -93,6 +93,14 @@ def test_it_serves_http_and_keeps_a_second_one_out(magnetar: Any, start: Start, 
     # The first one did not notice.
     send(magnetar, where, b"still here\n")
     assert server.end().code == 0
+
+
+def test_it_tells_others_the_address_that_it_is_given_for_them(magnetar: Any, start: Start, tmp_path: Path) -> None:
+    _, where = start(tmp_path, "--advertise", "host7.example:7650")
+    ran = magnetar.call("brokers", "list", "--output", "json", "--server", where["server"])
+    assert [one["address"] for one in json.loads(ran.out)] == ["host7.example:7650"]
+    options = ("--advertise", "host7.example")
+    assert refused(magnetar, tmp_path / "other", "advertised_address must be host:port", options=options)
 
 
 def test_a_port_in_use_is_named(magnetar: Any, tmp_path: Path) -> None:

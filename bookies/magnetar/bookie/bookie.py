@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,13 +23,13 @@ from magnetar.bookie.cookies import BookieRefusal, Identity, establish_identity
 from magnetar.bookie.directory import DirectoryInUse, DirectoryLock
 from magnetar.bookie.disk import DiskGauge, DiskState, gauge_of
 from magnetar.bookie.entry_store import EntryStore, StoreDamaged, StoreUnopenable
-from magnetar.bookie.group_commit import GroupCommit, die
+from magnetar.bookie.group_commit import GROUP_BYTES_MAX, GroupCommit, die
 from magnetar.bookie.handlers import BookieHandlers
 from magnetar.bookie.judge import Conditions, ReadConditions
 from magnetar.bookie.local import LocalBookie
 from magnetar.bookie.metrics import BookieMetrics
 from magnetar.bookie.reads import Reads
-from magnetar.bookie.rocksdb import RocksEntryStore
+from magnetar.bookie.rocksdb import MEMTABLE_SHARE, RocksEntryStore
 from magnetar.bookie.service import BookieService
 from magnetar.metadata.codec import encode_bookie
 from magnetar.metadata.keyspace import Keyspace
@@ -54,6 +55,10 @@ class OpenStore(Protocol):
     def __call__(self, directory: Path, memory_bytes: int) -> Awaitable[EntryStore]: ...
 
 
+class Lock(Protocol):
+    def close(self) -> None: ...
+
+
 class Bookie:
     """A running bookie. Made by `start`."""
 
@@ -77,7 +82,11 @@ class Bookie:
         self._keyspace = keyspace
         self._gauge = gauge
         self._die = die
-        self._disk = DiskState(settings.read_only_at, settings.writable_at)
+        # What one group and the flush of one memtable may write, between two looks at the disk.
+        reserve_bytes = settings.memory_bytes // MEMTABLE_SHARE + GROUP_BYTES_MAX
+        self._disk = DiskState(settings.read_only_at, settings.writable_at, reserve_bytes)
+        self._disk_changed = asyncio.Event()
+        self._registered_state: BookieState | None = None
         self._metrics = BookieMetrics(registry, settings.id)
         self._commits = GroupCommit(
             store, self._conditions, self._metrics, queue_bytes=settings.memory_bytes // QUEUE_SHARE, die=die
@@ -105,6 +114,7 @@ class Bookie:
         now_us: Callable[[], int] = lambda: time.time_ns() // 1000,
         die: Callable[[str], object] = die,
         open_store: OpenStore = RocksEntryStore.open,
+        lock: Callable[[Path], Lock] = DirectoryLock,
     ) -> Bookie:
         """Returns when the bookie is registered. Without `serve` it is reached through `local()` only.
 
@@ -112,7 +122,7 @@ class Bookie:
         """
         stack = Stack()
         try:
-            store = await _open(settings, stack, open_store)
+            store = await _open(settings, stack, open_store, lock)
             identity = await establish_identity(store, metadata, keyspace, settings.id)
             bookie = cls(
                 settings,
@@ -184,7 +194,8 @@ class Bookie:
 
     async def check_disk(self) -> None:
         """Measures the disk; a change of state goes into the registration at once."""
-        changed = self._disk.update(self._gauge())
+        self._disk.update(self._gauge())
+        self._disk_changed.clear()
         usage = self._store.usage()
         metrics = self._metrics
         metrics.disk_free_bytes.set(self._disk.usage.free_bytes)
@@ -192,7 +203,7 @@ class Bookie:
         metrics.garbage_bytes.set(usage.garbage_bytes)
         metrics.read_only.set(self._disk.state is BookieState.READ_ONLY)
         metrics.limbo.set(self.identity.limbo_floor > 0)
-        if changed:
+        if self._registered_state not in (None, self._disk.state):
             log.warning("disk state changed", bookie=self.id, state=self._disk.state.name)
             await self._report()
 
@@ -225,8 +236,9 @@ class Bookie:
 
     async def _register(self) -> None:
         key = self._keyspace.bookie(self.id)
-        value = encode_bookie(self.registration_record())
-        self._registration = Registration(self._metadata, key, value, self.settings.lease_s)
+        record = self.registration_record()
+        self._registration = Registration(self._metadata, key, encode_bookie(record), self.settings.lease_s)
+        self._registered_state = record.state
         self._stack.push("registration", self._registration.close)
         try:
             await self._registration.register()
@@ -240,16 +252,21 @@ class Bookie:
     async def _report(self) -> None:
         if self._registration is None:
             return
+        record = self.registration_record()
         try:
-            await self._registration.update(encode_bookie(self.registration_record()))
+            await self._registration.update(encode_bookie(record))
         except MetadataUnavailable as error:
             log.warning("registration not updated", bookie=self.id, reason=str(error))
+        else:
+            self._registered_state = record.state
 
     async def _watch_disk(self) -> None:
         loop = asyncio.get_running_loop()
         report_at = loop.time() + DISK_REPORT_S
         while True:
-            await asyncio.sleep(DISK_CHECK_S)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(DISK_CHECK_S):
+                    await self._disk_changed.wait()
             await self.check_disk()
             if loop.time() >= report_at:
                 report_at = loop.time() + DISK_REPORT_S
@@ -269,6 +286,11 @@ class Bookie:
             self._die(f"{name} failed error=`{error}`")
 
     def _conditions(self) -> Conditions:
+        # A disk can fill up between two looks of the watcher, and a write that finds no space ends the process.
+        before = self._disk.state
+        self._disk.update(self._gauge())
+        if self._disk.state is not before:
+            self._disk_changed.set()
         return Conditions(
             floor=self.identity.limbo_floor,
             read_only=self._disk.state is BookieState.READ_ONLY,
@@ -296,11 +318,13 @@ class Bookie:
         )
 
 
-async def _open(settings: BookieSettings, stack: Stack, open_store: OpenStore) -> EntryStore:
+async def _open(
+    settings: BookieSettings, stack: Stack, open_store: OpenStore, lock: Callable[[Path], Lock]
+) -> EntryStore:
     """The store of a directory that this process alone holds. Raises BookieRefusal."""
     directory = settings.data_dir
     try:
-        lock = DirectoryLock(directory)
+        held = lock(directory)
     except DirectoryInUse as error:
         raise BookieRefusal(
             f"another process uses the data directory: {error}; stop it or choose another directory"
@@ -311,7 +335,7 @@ async def _open(settings: BookieSettings, stack: Stack, open_store: OpenStore) -
         ) from None
 
     async def unlock() -> None:
-        lock.close()
+        held.close()
 
     stack.push("lock", unlock)
     try:

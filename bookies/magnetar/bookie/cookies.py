@@ -28,11 +28,10 @@ from magnetar.metadata.codec import (
     DamagedRecord,
     decode_cookie,
     decode_counter,
-    decode_text,
     encode_cookie,
     encode_counter,
-    encode_text,
 )
+from magnetar.metadata.instance import cluster_instance
 from magnetar.metadata.keyspace import COUNTER_LEDGER, Keyspace
 from magnetar.metadata.records import Cookie
 from magnetar.metadata.store import KeyValue, MetadataStore, Put, absent, unchanged
@@ -113,8 +112,9 @@ def _check_unstamped(entries: EntryStore, there: Cookie | None, bookie_id: str) 
         )
     if there is not None and there.directory_id != REPAIRED:
         raise BookieRefusal(
-            f"the data directory is empty but bookie `{bookie_id}` had one: its disk was lost or swapped; "
-            f"bring the directory back, or start empty with --repair-bookie {bookie_id} if other bookies hold the data"
+            f"the data directory is empty but bookie `{bookie_id}` has another one, or its disk was lost or swapped; "
+            f"bring the directory back, start empty with --repair-bookie {bookie_id} if other bookies hold the data, "
+            "or take another id for a new bookie"
         )
     return there is not None
 
@@ -152,18 +152,6 @@ async def _stamp_metadata(metadata: MetadataStore, keyspace: Keyspace, cookie: C
             raise BookieRefusal(
                 f"another process took the identity of bookie `{cookie.bookie_id}` at the same time; use another id"
             )
-
-
-async def cluster_instance(metadata: MetadataStore, keyspace: Keyspace) -> str:
-    """The cluster's instance id, drawn by whoever asks first."""
-    key = keyspace.instance()
-    found = await metadata.get(key)
-    if found is None:
-        await metadata.txn([absent(key)], [Put(key, encode_text(uuid.uuid4().hex))])
-        found = await metadata.get(key)
-    if found is None:
-        raise BookieRefusal(f"the cluster's instance id cannot be written key=`{key}`; check the metadata store")
-    return decode_text(found.value)
 
 
 async def repair_identity(metadata: MetadataStore, keyspace: Keyspace, bookie_id: str) -> bool:

@@ -38,23 +38,25 @@ def gauge_of(path: Path) -> DiskGauge:
 
 
 class DiskState:
-    """Read-only from `read_only_at` on, writable again below `writable_at`: between them it stays what it was."""
+    """Read-only from `read_only_at` on, writable again below `writable_at`: between them it stays what it was.
 
-    def __init__(self, read_only_at: float, writable_at: float) -> None:
+    reserve_bytes   with less free than this, nothing is taken; a small disk is read-only until twice as much is free
+    """
+
+    def __init__(self, read_only_at: float, writable_at: float, reserve_bytes: int = 0) -> None:
         self.state = BookieState.WRITABLE
         self.full = False
         self.usage = DiskUsage(0, 0)
         self._read_only_at = read_only_at
         self._writable_at = writable_at
+        self._reserve_bytes = reserve_bytes
 
-    def update(self, usage: DiskUsage) -> bool:
-        """Takes a measurement; returns whether the state changed."""
-        before = self.state
+    def update(self, usage: DiskUsage) -> None:
+        """Takes a measurement."""
         share = usage.used_share
-        if share >= self._read_only_at:
+        self.full = share >= max(FULL_AT, self._read_only_at) or usage.free_bytes < self._reserve_bytes
+        if self.full or share >= self._read_only_at:
             self.state = BookieState.READ_ONLY
-        elif share < self._writable_at:
+        elif share < self._writable_at and usage.free_bytes >= 2 * self._reserve_bytes:
             self.state = BookieState.WRITABLE
-        self.full = share >= max(FULL_AT, self._read_only_at)
         self.usage = usage
-        return self.state != before

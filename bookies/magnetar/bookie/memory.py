@@ -1,7 +1,7 @@
 """An entry store in memory, with the line between written and durable drawn where a disk has it.
 
 `commit` first writes, then awaits the `sync` it was made with, and only then counts the group as durable. A crash at
-any moment (`crash`) leaves exactly what was durable.
+any moment (`crash`) leaves what was durable, and of the group that was being committed what the caller says.
 """
 
 from __future__ import annotations
@@ -53,23 +53,51 @@ class _Contents:
 
 
 class MemoryEntryStore:
-    """See the module. `stalls` refuses that many commits; `damaged` holds the entries whose reads fail."""
+    """See the module. `stalls` refuses that many commits; `damaged` holds the entries whose reads fail.
 
-    def __init__(self, sync: Callable[[], Awaitable[None]] = _at_once, *, doubt: str = "") -> None:
+    is_damaged   is asked at each read of an entry whether it fails this time
+    """
+
+    def __init__(
+        self,
+        sync: Callable[[], Awaitable[None]] = _at_once,
+        *,
+        doubt: str = "",
+        is_damaged: Callable[[], bool] = lambda: False,
+    ) -> None:
         self.doubt = doubt
         self.stalls = 0
         self.damaged: set[tuple[int, int]] = set()
         self._sync = sync
+        self._is_damaged = is_damaged
         self._written = _Contents()
         self._durable = _Contents()
+        self._committing: GroupWrites | None = None
 
-    def crash(self, sync: Callable[[], Awaitable[None]] = _at_once, *, lose_groups: bool = False) -> MemoryEntryStore:
-        """The store as the next process finds it. With `lose_groups` the disk broke its word and lost all of them."""
-        store = MemoryEntryStore(sync, doubt="groups are missing" if lose_groups else "")
+    def crash(
+        self,
+        sync: Callable[[], Awaitable[None]] = _at_once,
+        *,
+        lose_groups: bool = False,
+        survives: Callable[[GroupWrites], GroupWrites | None] = lambda writes: None,
+    ) -> MemoryEntryStore:
+        """The store as the next process finds it. With `lose_groups` the disk broke its word and lost all of them.
+
+        survives   what is found of the group that was being committed: none of it, all, or a part
+        """
+        doubt = "groups are missing" if lose_groups else ""
+        store = MemoryEntryStore(sync, doubt=doubt, is_damaged=self._is_damaged)
         kept = _Contents(meta=self._durable.meta, groups=1) if lose_groups else self._durable
         store._durable, store._written = kept.copy(), kept.copy()
+        if self._committing is not None and (part := survives(self._committing)) is not None and not lose_groups:
+            store._durable.apply(part)
+            store._written.apply(part)
         store.damaged = set(self.damaged)
         return store
+
+    def durable_entries(self, ledger_id: int) -> Mapping[int, bytes]:
+        """What a crash at this moment would leave of a ledger."""
+        return self._durable.entries.get(ledger_id, {})
 
     @property
     def empty(self) -> bool:
@@ -84,11 +112,13 @@ class MemoryEntryStore:
             self.stalls -= 1
             raise StoreStalled("the store stalls")
         self._written.apply(writes)
+        self._committing = writes
         try:
             await self._sync()
         except OSError as error:
             raise StoreFailed(f"fsync failed error=`{error}`") from error
         self._durable.apply(writes)
+        self._committing = None
         self.doubt = ""
 
     async def load(self, ledger_ids: Sequence[int]) -> dict[int, LedgerState]:
@@ -122,9 +152,10 @@ class MemoryEntryStore:
         return values
 
     def _value(self, ledger_id: int, entry_id: int) -> bytes | Damaged | None:
-        if (ledger_id, entry_id) in self.damaged:
+        value = self._written.entries.get(ledger_id, {}).get(entry_id)
+        if (ledger_id, entry_id) in self.damaged or (value is not None and self._is_damaged()):
             return Damaged("the entry is damaged")
-        return self._written.entries.get(ledger_id, {}).get(entry_id)
+        return value
 
     async def marks(self) -> list[tuple[int, LedgerMark]]:
         return sorted(self._written.marks.items())

@@ -58,6 +58,8 @@ TABLE_BYTES = 1 << 20
 SMALL_FAMILY_BYTES = 1 << 20
 OPEN_FILES_MAX = 128
 MEMTABLES_MAX = 4
+MEMTABLE_SHARE = 8
+"""A memtable of entries gets one part in so many of the store's memory."""
 READ_THREADS = 2
 CHUNK_ENTRIES_MAX = 256
 CHUNK_GROWTH = 4
@@ -456,7 +458,7 @@ def _family_options(memtable_bytes: int, cache: Any) -> Any:
 
 
 def _entries_options(memory_bytes: int, cache: Any) -> Any:
-    options = _family_options(memory_bytes // 8, cache)
+    options = _family_options(memory_bytes // MEMTABLE_SHARE, cache)
     options.set_target_file_size_base(TABLE_BYTES)
     options.set_enable_blob_files(True)
     options.set_min_blob_size(BLOB_BYTES_MIN)

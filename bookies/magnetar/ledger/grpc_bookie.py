@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import grpc
@@ -142,13 +143,21 @@ class GrpcBookie:
     """See `bookie_rpc.BookieRpc`. Made and closed on a running event loop; nothing connects before the first call."""
 
     def __init__(
-        self, bookie_id: str, address: str, *, timeout_s: float = CALL_TIMEOUT_S, held_bytes_max: int = HELD_BYTES_MAX
+        self,
+        bookie_id: str,
+        address: str,
+        *,
+        cluster: str = "",
+        timeout_s: float = CALL_TIMEOUT_S,
+        held_bytes_max: int = HELD_BYTES_MAX,
     ) -> None:
+        """`cluster`: that the bookie must say it is of; empty = any."""
         self._bookie_id = bookie_id
         self._channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
-        self._adds = _Pipe(_ADDS, self._channel, timeout_s, held_bytes_max)
-        self._reads = _Pipe(_READS, self._channel, timeout_s, held_bytes_max)
-        self._lacs = _Pipe(_LACS, self._channel, timeout_s, held_bytes_max)
+        check = partial(_check_greeting, bookie_id, cluster)
+        self._adds = _Pipe(_ADDS, self._channel, check, timeout_s, held_bytes_max)
+        self._reads = _Pipe(_READS, self._channel, check, timeout_s, held_bytes_max)
+        self._lacs = _Pipe(_LACS, self._channel, check, timeout_s, held_bytes_max)
 
     @property
     def bookie_id(self) -> str:
@@ -185,9 +194,15 @@ class _Pipe(Generic[ItemT, ResultT]):
     """One kind of calls to one bookie. A task runs from the first call on; it holds one stream at a time."""
 
     def __init__(
-        self, kind: _Kind[ItemT, ResultT], channel: grpc.aio.Channel, timeout_s: float, held_bytes_max: int
+        self,
+        kind: _Kind[ItemT, ResultT],
+        channel: grpc.aio.Channel,
+        check_greeting: Callable[[common_pb2.HelloReply], None],
+        timeout_s: float,
+        held_bytes_max: int,
     ) -> None:
         self._kind = kind
+        self._check_greeting = check_greeting
         self._open_stream = channel.stream_stream(f"/magnetar.v1.BookieService/{kind.method}")
         self._timeout_s = timeout_s
         self._held_bytes_max = held_bytes_max
@@ -280,6 +295,7 @@ class _Pipe(Generic[ItemT, ResultT]):
                 frame = self._parse(await stream.read())
                 if not frame.HasField("hello"):
                     raise StreamLost("bookie did not greet")
+                self._check_greeting(frame.hello)
                 return stream
         except TimeoutError:
             stream.cancel()
@@ -363,6 +379,15 @@ class _Pipe(Generic[ItemT, ResultT]):
             reason = common_pb2.ErrorReason.Name(frame.error.reason)
             raise StreamLost(f"bookie ended the stream reason=`{reason}` message=`{frame.error.message}`")
         return frame
+
+
+def _check_greeting(bookie_id: str, cluster: str, hello: common_pb2.HelloReply) -> None:
+    """An address may be another bookie's by now, even one of another cluster: it would store what is not its own."""
+    if hello.node_id != bookie_id or (cluster and hello.cluster != cluster):
+        raise StreamLost(
+            f"another bookie answers at this address id=`{hello.node_id}` cluster=`{hello.cluster}` "
+            f"expected_id=`{bookie_id}` expected_cluster=`{cluster}`"
+        )
 
 
 def _reason(error: BaseException | None) -> str:

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import enum
-import json
 import os
 import random
-import select
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -24,19 +20,21 @@ import typer
 
 from magnetar.cli.command import (
     DEFAULT_TIMEOUT_S,
-    EXIT_USAGE,
     CommandFailed,
     DryRunOption,
     Output,
     OutputOption,
     TimeoutOption,
+    directory,
     find_server,
     run,
 )
+from magnetar.cli.local_cluster import Member, Size, local_cluster, parse_local
 from magnetar.cli.output import emit_json, emit_table, note
 from magnetar.cli.produce import Compression
 
 if TYPE_CHECKING:
+    from magnetar.cli.machine import ProcessFigures
     from magnetar.client import Client, Producer, Receipt
 
 app = typer.Typer(help="How fast this cluster is, next to what the machine could do.", no_args_is_help=True)
@@ -46,9 +44,9 @@ WARM_UP_S = 1.0
 PAYLOAD_POOL_BYTES = 8 << 20
 LATENCY_SAMPLES_MAX = 1_000_000
 NOWAIT_SAMPLE_EVERY = 100
-SERVER_START_TIMEOUT_S = 30.0
-SERVER_STOP_TIMEOUT_S = 30.0
 TOPICS_OPENED_AT_ONCE = 64
+CLIENT = "client"
+"""This process among the measured ones."""
 
 
 class Mode(enum.StrEnum):
@@ -97,9 +95,11 @@ def publish(
         str | None, typer.Option(envvar="MAGNETAR_SERVER", help="Measure this cluster; else --local.")
     ] = None,
     local: Annotated[
-        str, typer.Option(help="BOOKIES,BROKERS of a cluster started for the run; they share one process.")
+        str, typer.Option(help="BOOKIES,BROKERS of a cluster started for the run, each in a process of its own.")
     ] = "3,1",
-    data_dir: Annotated[Path, typer.Option(help="Where the cluster of --local keeps its data.")] = Path("."),
+    data_dir: Annotated[
+        Path, typer.Option(parser=directory, metavar="DIR", help="Where the cluster of --local keeps its data.")
+    ] = Path("."),
     size: Annotated[int, typer.Option(min=0, max=5 << 20, help="Bytes of one payload.")] = 1024,
     seconds: Annotated[float, typer.Option(min=0.1, help="Length of the run.")] = 10.0,
     mode: Annotated[
@@ -116,9 +116,12 @@ def publish(
 ) -> None:
     """Publishes for some seconds; prints rate, latency, CPU, memory, bytes written, and the machine's own limits."""
     plan = Plan(size, seconds, mode, batch, in_flight, keys, topics, compression.value)
-    bookies = parse_local(local)
+    cluster_size = parse_local(local)
     if dry_run:
-        where = server or f"a new cluster of {bookies} bookies in {data_dir}"
+        where = (
+            server
+            or f"a new cluster of {cluster_size.bookies} bookies and {cluster_size.brokers} brokers in {data_dir}"
+        )
         settings = {**asdict(plan), "mode": mode.value, "local": server is None}
         if output is Output.json:
             emit_json({"test": "publish", "settings": settings, "server": server, "dry_run": True})
@@ -129,7 +132,7 @@ def publish(
     async def main() -> dict[str, Any]:
         if server is not None:
             await find_server(server, timeout)
-        with _cluster(server, bookies, data_dir) as cluster:
+        with _cluster(server, cluster_size, data_dir) as cluster:
             return await _publish(plan, cluster, timeout)
 
     result = run(main())
@@ -139,90 +142,62 @@ def publish(
         _show(result)
 
 
-@dataclass(slots=True)
-class Cluster:
-    address: str
-    pid: int | None
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """The cluster to measure. `members`: its processes, if this command started them. `folder`: whose disk to probe."""
+
+    servers: str
     folder: Path
-
-
-def parse_local(local: str) -> int:
-    """How many bookies BOOKIES,BROKERS asks for. Raises CommandFailed."""
-    try:
-        bookies, brokers = (int(part) for part in local.split(","))
-    except ValueError:
-        raise CommandFailed(f"--local takes BOOKIES,BROKERS, such as 3,1; got {local!r}", EXIT_USAGE) from None
-    if brokers != 1 or not 1 <= bookies <= 9:
-        raise CommandFailed("--local starts one process with 1 broker and 1 to 9 bookies, such as 3,1", EXIT_USAGE)
-    return bookies
+    members: Sequence[Member] = ()
 
 
 @contextmanager
-def _cluster(server: str | None, bookies: int, data_dir: Path) -> Iterator[Cluster]:
-    """The cluster to measure: the one at `server`, or one of its own that ends, with its data, when this does."""
+def _cluster(server: str | None, size: Size, data_dir: Path) -> Iterator[Measured]:
+    """The cluster at `server`, or one of its own that ends, with its data, when this does."""
     if server is not None:
-        yield Cluster(server, None, data_dir)
+        yield Measured(server, data_dir)
         return
-    data_dir.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix="magnetar-bench-", dir=data_dir))
-    command = [
-        sys.executable, "-m", "magnetar.cli.main", "standalone", "--data-dir", str(folder), "--port", "0",
-        "--http-port", "0", "--bookies", str(bookies), "--output", "json",
-    ]  # fmt: skip
-    process = subprocess.Popen(command, stdout=subprocess.PIPE)
     try:
-        yield Cluster(_ready(process)["server"], process.pid, folder)
+        data_dir.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix="magnetar-bench-", dir=data_dir))
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise CommandFailed(f"cannot use {data_dir}: {reason}; choose another --data-dir") from None
+    try:
+        with local_cluster(folder, size) as cluster:
+            yield Measured(cluster.servers, folder, cluster.members)
     finally:
-        process.terminate()
-        try:
-            process.wait(SERVER_STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _ready(process: subprocess.Popen[bytes]) -> Any:
-    """What the started server prints when it is ready. Raises CommandFailed."""
-    assert process.stdout is not None
-    readable, _, _ = select.select([process.stdout], [], [], SERVER_START_TIMEOUT_S)
-    if not readable:
-        raise CommandFailed(
-            f"the cluster did not start within {SERVER_START_TIMEOUT_S:g} s: is the machine overloaded?"
-        )
-    line = process.stdout.readline()
-    if not line:
-        raise CommandFailed("the cluster did not start, for the reason above")
-    return json.loads(line)
-
-
-async def _publish(plan: Plan, cluster: Cluster, timeout: float) -> dict[str, Any]:
-    from magnetar.cli.machine import ProcessFigures, probe_disk, probe_grpc
+async def _publish(plan: Plan, cluster: Measured, timeout: float) -> dict[str, Any]:
+    from magnetar.cli.machine import probe_disk, probe_grpc
     from magnetar.client import connect
 
     disk_mb_per_s = await asyncio.to_thread(probe_disk, cluster.folder)
     frames_per_s, grpc_mb_per_s = await probe_grpc()
     async with (
-        connect(cluster.address, timeout=timeout) as client,
+        connect(cluster.servers, timeout=timeout) as client,
         _topics(client, plan) as topics,
         _producers(client, topics, plan.compression) as producers,
     ):
         await _run(plan, producers, WARM_UP_S)
-        before, client_before = ProcessFigures.read(cluster.pid), ProcessFigures.read(os.getpid())
+        before = _figures(cluster)
         begin = time.perf_counter()
         counted = await _run(plan, producers, plan.seconds)
         elapsed = time.perf_counter() - begin
-        after, client_after = ProcessFigures.read(cluster.pid), ProcessFigures.read(os.getpid())
+        after = _figures(cluster)
         copies = await _copies(client, topics[0])
     mb_per_s = counted.messages * plan.size / elapsed / 1e6
-    written = after.written - before.written
+    servers = [name for name in after if name != CLIENT]
+    written = sum(after[name].written - before[name].written for name in servers)
     sent = counted.messages * plan.size
     return {
         "test": "publish",
         "settings": {
             **asdict(plan),
             "mode": plan.mode.value,
-            "local": cluster.pid is not None,
+            "local": bool(cluster.members),
             "copies": copies,
         },
         "messages": counted.messages,
@@ -234,11 +209,16 @@ async def _publish(plan: Plan, cluster: Cluster, timeout: float) -> dict[str, An
         "bytes_written_per_byte": round(written / (sent * copies), 3) if written and sent else None,
         "grpc_mb_per_s": round(grpc_mb_per_s, 1),
         "grpc_frames_per_s": round(frames_per_s, 1),
-        "processes": [
-            *([{"role": "standalone", **after.since(before)}] if cluster.pid is not None else []),
-            {"role": "client", **client_after.since(client_before)},
-        ],
+        "processes": [{"role": name, **figures.since(before[name])} for name, figures in after.items()],
     }
+
+
+def _figures(cluster: Measured) -> dict[str, ProcessFigures]:
+    """Of each process that this command can see, by its name."""
+    from magnetar.cli.machine import ProcessFigures
+
+    seen = {member.name: ProcessFigures.read(member.process.pid) for member in cluster.members}
+    return {**seen, CLIENT: ProcessFigures.read(os.getpid())}
 
 
 @asynccontextmanager

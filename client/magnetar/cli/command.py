@@ -10,6 +10,7 @@ import socket
 import sys
 import time
 from collections.abc import Awaitable, Callable, Coroutine
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
@@ -47,6 +48,13 @@ TimeoutOption = Annotated[float, typer.Option("--timeout", min=0.1, help="Second
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")]
 TopicArgument = Annotated[str, typer.Argument(help="tenant/namespace/topic, or a bare name in public/default.")]
 SubscriptionArgument = Annotated[str, typer.Argument(help="Name of the subscription.")]
+
+
+def directory(text: str) -> Path:
+    """A directory that an option names; an empty name would be the current one."""
+    if not text:
+        raise typer.BadParameter("names no directory")
+    return Path(text)
 
 
 class CommandFailed(Exception):

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Topics and their shards.", no_args_is_help=True)
 
-SHARDS_MAX = 65536
+SHARDS_MAX = 64
+"""Of a new topic, as the servers have it."""
 SLOTS = 65536
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from typing import Annotated
 
 import typer
 
-from magnetar.cli import bench, cluster, ledgers, subscriptions, topics
-from magnetar.cli.command import EXIT_INTERRUPTED, EXIT_USAGE, fail, fail_for, quiet_stdout
+from magnetar.cli import bench, bookies, brokers, cluster, ledgers, subscriptions, topics
+from magnetar.cli.bookie import bookie
+from magnetar.cli.broker import broker
+from magnetar.cli.command import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_USAGE, fail, fail_for, quiet_stdout
 from magnetar.cli.consume import consume
+from magnetar.cli.metadata import metadata
 from magnetar.cli.produce import produce
 from magnetar.cli.standalone import standalone
 
@@ -41,10 +45,15 @@ def options(
 
 
 app.command()(standalone)
+app.command()(metadata)
+app.command()(bookie)
+app.command()(broker)
 app.command()(produce)
 app.command()(consume)
 app.add_typer(topics.app, name="topics")
 app.add_typer(subscriptions.app, name="subscriptions")
+app.add_typer(brokers.app, name="brokers")
+app.add_typer(bookies.app, name="bookies")
 app.add_typer(ledgers.app, name="ledgers")
 app.add_typer(cluster.app, name="cluster")
 app.add_typer(bench.app, name="bench")
@@ -53,6 +62,8 @@ app.add_typer(bench.app, name="bench")
 def run_command_line(arguments: list[str]) -> int:
     """Runs one command line. Returns its exit code; whatever goes wrong is one line on stderr."""
     try:
+        if sys.stdout is None:
+            fail("standard output is closed: let it go to a file, a pipe or /dev/null", EXIT_ERROR)
         try:
             _invoke(arguments)
             sys.stdout.flush()
@@ -84,5 +95,18 @@ def _invoke(arguments: list[str]) -> None:
         fail(f"{_sentence(usage)}; see {failed.command_path if failed else 'magnetar'} --help", EXIT_USAGE)
 
 
+_PLAINER = (
+    (r"Value error, ", ""),
+    (r"Input should be a valid integer\b.*", "must be a whole number"),
+    (r"Input should be a valid number\b.*", "must be a number"),
+    (r"Input should be greater than or equal to", "must be at least"),
+    (r"Input should be less than or equal to", "must be at most"),
+    (r"Input should be", "must be"),
+)
+"""The words of the library that checks values, and ours."""
+
+
 def _sentence(text: str) -> str:
+    for theirs, ours in _PLAINER:
+        text = re.sub(theirs, ours, text)
     return text[:1].lower() + text[1:].rstrip(".")

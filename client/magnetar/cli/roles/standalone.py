@@ -1,7 +1,4 @@
-"""The composition root: builds server roles from their parts and runs them.
-
-Imported only by the commands that start servers, so that the command itself needs the client alone.
-"""
+"""The standalone: a metadata store, bookies and a broker put together in one process."""
 
 from __future__ import annotations
 
@@ -14,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import structlog
-from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector
+from prometheus_client import CollectorRegistry
 
 from magnetar.bookie.bookie import Bookie
 from magnetar.bookie.cookies import BookieRefusal, repair_identity
@@ -30,7 +27,8 @@ from magnetar.node import lifecycle
 from magnetar.node.registration import IdInUse
 from magnetar.node.rpc import ListenError
 from magnetar.node.settings import MIB, BookieSettings, BrokerSettings
-from magnetar.node.telemetry import HttpServer, configure_logging
+from magnetar.node.settings_loading import SettingsError, make_settings
+from magnetar.node.telemetry import HttpServer, configure_logging, new_registry
 
 CLUSTER = "standalone"
 ENSEMBLE_MAX = 3
@@ -40,7 +38,7 @@ BOOKIE_MEMORY_BYTES = 64 * MIB
 PENDING_BYTES = 12 * MIB
 """What producers may have under way. A bookie queues a quarter of its memory: what fits there never finds it busy."""
 
-REFUSALS = (BookieRefusal, MetadataError, DamagedRecord, ListenError, IdInUse)
+REFUSALS = (BookieRefusal, MetadataError, DamagedRecord, ListenError, IdInUse, SettingsError)
 """What a role may refuse to start for; each message is one line with cause and remedy."""
 
 log = structlog.get_logger("magnetar.roles")
@@ -55,6 +53,7 @@ class Standalone:
     """What to start: `bookies` None = as many as the directory holds, or one.
 
     repair_bookie   a bookie whose directory was lost: it may start empty, and the others hold the data
+    advertise       host:port where clients reach it; empty = what it listens on
     """
 
     data_dir: Path
@@ -63,6 +62,7 @@ class Standalone:
     http_port: int | None = None
     bookies: int | None = None
     repair_bookie: str | None = None
+    advertise: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,9 +98,7 @@ def run_standalone(standalone: Standalone, on_ready: Callable[[Ready], None]) ->
 async def _start(standalone: Standalone, parts: lifecycle.Stack) -> Ready:
     data_dir = standalone.data_dir
     data_dir.mkdir(parents=True, exist_ok=True)
-    registry = CollectorRegistry()
-    ProcessCollector(registry=registry)
-    PlatformCollector(registry=registry)
+    registry = new_registry()
 
     # The lock on the metadata file keeps a second process out, so every lease in it belonged to a dead one.
     store = await SqliteStore.open(data_dir / "metadata.sqlite", drop_leases=True)
@@ -119,15 +117,21 @@ async def _start(standalone: Standalone, parts: lifecycle.Stack) -> Ready:
     parts.push("bookie directory", directory.stop)
 
     write_quorum = min(ENSEMBLE_MAX, count)
-    settings = BrokerSettings(
-        id="broker0",
-        cluster=CLUSTER,
-        listen=f"{standalone.host}:{standalone.port}",
-        ensemble_size=write_quorum,
-        write_quorum=write_quorum,
-        ack_quorum=write_quorum // 2 + 1,
-        pending_bytes=PENDING_BYTES,
-        lease_s=STANDALONE_LEASE_S,
+    settings = make_settings(
+        BrokerSettings,
+        "broker",
+        {
+            "id": "broker0",
+            "cluster": CLUSTER,
+            "listen": f"{standalone.host}:{standalone.port}",
+            "advertised_address": standalone.advertise,
+            "ensemble_size": write_quorum,
+            "write_quorum": write_quorum,
+            "ack_quorum": write_quorum // 2 + 1,
+            "pending_bytes": PENDING_BYTES,
+            "lease_s": STANDALONE_LEASE_S,
+        },
+        "--host, --port or --advertise",
     )
     broker = await Broker.start(settings, store, keyspace, directory, registry=registry)
     parts.push("broker", broker.stop)
