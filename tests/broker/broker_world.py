@@ -114,6 +114,27 @@ class Cluster:
         for broker in self.brokers:
             await broker.stop()
 
+    async def kill(self, broker: Broker) -> None:
+        """As SIGKILL does: connections break, nothing is written or released, and its session stands until it ends."""
+        self.brokers.remove(broker)
+        assert broker._server is not None
+        registration = broker.ownership._registration
+        assert registration is not None
+        assert registration._keeper is not None
+        tasks = {registration._keeper, *broker._tasks, *broker.served._loads.values()}
+        for task in tasks:
+            task.cancel()
+        await broker._takeovers.stop()
+        for shard in broker.served:
+            shard.log.abandon("killed")
+            for subscription in shard.subscriptions.values():
+                subscription._pump.stop()
+        await broker._server.server.stop(None)
+        await broker.view.close()
+        await broker.topics.close()
+        await broker.peers.close()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
     async def end_session(self, broker: Broker) -> None:
         """What the store does when it has not heard of a broker for a lease's time."""
         key = await self.store.get(KEYSPACE.broker(broker.settings.id))
@@ -165,7 +186,8 @@ class Stream:
 
     async def __aenter__(self) -> Self:
         await self.send(hello=common_pb2.Hello(protocol_min=1, protocol_max=1, name="test"))
-        assert (await self.receive()).hello.protocol == 1
+        self.hello: common_pb2.HelloReply = (await self.receive()).hello
+        assert self.hello.protocol == 1
         return self
 
     async def __aexit__(

@@ -77,10 +77,20 @@ class ConsumeClient(Stream):
         messages: int = 1000,
         size_bytes: int = 1 << 20,
     ) -> broker_pb2.SubscriptionOpened:
+        await self.send_reader(shard_id, handle, start, messages, size_bytes)
+        return await self.until_opened()
+
+    async def send_reader(
+        self,
+        shard_id: int,
+        handle: int = 1,
+        start: metadata_pb2.StartPosition = EARLIEST,
+        messages: int = 1000,
+        size_bytes: int = 1 << 20,
+    ) -> None:
         reader = broker_pb2.OpenReader(handle=handle, topic=TOPIC, shard_id=shard_id, start=start)
         credit = broker_pb2.Credit(handle=handle, messages=messages, bytes=size_bytes)
         await self.send(open_readers=[reader], credits=[credit])
-        return await self.until_opened()
 
     async def until_opened(self) -> broker_pb2.SubscriptionOpened:
         await self.until(lambda: bool(self.opened or self.errors))

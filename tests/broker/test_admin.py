@@ -92,23 +92,6 @@ async def test_a_shard_that_nobody_serves_is_described_from_its_records(
     assert (described.owner, described.end_offset, len(other.served)) == ("", 7, 0)
 
 
-async def test_a_shard_of_another_broker_is_described_from_its_records(
-    cluster: Cluster, broker: Broker, calls: Calls, produce: Produce, connect: Callable[[Broker], Calls]
-) -> None:
-    shard = (await calls.create_topic()).shards[0].shard_id
-    async with produce() as client:
-        await publish(client, shard, 7)
-    await subscribe(calls, "audit")
-    other = connect(await cluster.start_broker("broker1"))
-    [described] = (await other.describe_topic()).shards
-    assert described.owner == "broker0"
-    assert "another broker" in (await describe(other, "audit")).waiting_for[0]
-    seek = pb.SeekSubscriptionRequest(topic=TOPIC, subscription="audit")
-    seek.position.earliest = True
-    error = await refusal(other.admin("SeekSubscription", seek, pb.SeekSubscriptionResponse))
-    assert (error.reason, error.owner) == (common_pb2.ERROR_REASON_NOT_OWNER, broker.address)
-
-
 async def test_a_deleted_topic_leaves_nothing_and_its_name_is_free(
     cluster: Cluster, connect: Callable[[Broker], Calls]
 ) -> None:

@@ -316,3 +316,6 @@ class Shard:
 
     def check_served(self) -> None:
         return
+
+    async def check_end(self) -> None:
+        return

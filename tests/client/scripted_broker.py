@@ -128,6 +128,8 @@ class ScriptedCluster:
         self.on_open: Callable[[Shard], common_pb2.Error | None] = lambda shard: None
         self.on_resolve: Callable[[str], common_pb2.Error | None] = lambda topic: None
         self.on_ack: Callable[[], Fate] = lambda: Fate.STORE
+        self.pushes = False
+        """Brokers push layouts: at `push`, and to whoever begins to watch."""
         self.opens = 0
         self.resolves = 0
         self.consumer_opens: list[broker_pb2.OpenSubscription] = []
@@ -184,6 +186,13 @@ class ScriptedCluster:
     def move(self, shard: Shard, owner: ScriptedBroker) -> None:
         shard.owner = owner
 
+    def push(self, topic: Topic) -> None:
+        """Whoever watches is told of the layout as it is now."""
+        layout = topic.layout()
+        for broker in self.brokers:
+            for watch in broker.watches:
+                watch.put_nowait(layout)
+
     async def until(self, condition: Callable[[], bool]) -> None:
         """Wait for something that the brokers will see."""
         async with asyncio.timeout(10):
@@ -238,6 +247,10 @@ class ScriptedBroker:
         self.streams: set[Stream] = set()
         self._server: grpc.aio.Server | None = None
         self.consumers_seen = 0
+        self.watches: list[asyncio.Queue[broker_pb2.Layout]] = []
+        self.answering = asyncio.Event()
+        """Cleared: it answers no call with one answer."""
+        self.answering.set()
 
     async def start(self, port: int = 0) -> None:
         self._server = grpc.aio.server(options=[("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", 8 << 20)])
@@ -248,6 +261,8 @@ class ScriptedBroker:
         handlers = {name: grpc.unary_unary_rpc_method_handler(method) for name, method in unary.items()}
         handlers["Produce"] = grpc.stream_stream_rpc_method_handler(self._produce)
         handlers["Consume"] = grpc.stream_stream_rpc_method_handler(self._consume)
+        if self.cluster.pushes:
+            handlers["WatchLayout"] = grpc.unary_stream_rpc_method_handler(self._watch_layout)
         admin = {"ListTopics": grpc.unary_unary_rpc_method_handler(self._list_topics)}
         self._server.add_generic_rpc_handlers(
             (
@@ -285,6 +300,7 @@ class ScriptedBroker:
 
     async def _resolve(self, data: bytes, context: Any) -> bytes:
         request = broker_pb2.ResolveRequest.FromString(data)
+        await self.answering.wait()
         self.cluster.resolves += 1
         refused = self.cluster.on_resolve(request.topic)
         if refused is None and request.topic not in self.cluster.topics:
@@ -295,7 +311,22 @@ class ScriptedBroker:
         if refused is not None:
             await self._refuse(context, refused)
         layout = self.cluster.topics[request.topic].layout()
-        return broker_pb2.ResolveResponse(layout=layout).SerializeToString()
+        brokers = [broker.address for broker in self.cluster.brokers]
+        return broker_pb2.ResolveResponse(layout=layout, brokers=brokers).SerializeToString()
+
+    async def _watch_layout(self, data: bytes, context: Any) -> None:
+        request = broker_pb2.WatchLayoutRequest.FromString(data)
+        watch: asyncio.Queue[broker_pb2.Layout] = asyncio.Queue()
+        watch.put_nowait(self.cluster.topics[request.topic].layout())
+        self.watches.append(watch)
+        self.cluster.changed.set()
+        try:
+            while True:
+                layout = await watch.get()
+                await context.write(broker_pb2.WatchLayoutResponse(layout=layout).SerializeToString())
+        finally:
+            self.watches.remove(watch)
+            self.cluster.changed.set()
 
     async def _register(self, data: bytes, context: Any) -> bytes:
         request = broker_pb2.RegisterProducerRequest.FromString(data)

@@ -12,6 +12,8 @@ async with connect("localhost:7650") as client:
 from magnetar.client import grpc_environment as _grpc_environment  # noqa: F401  first: see there
 from magnetar.client.admin import (
     Admin,
+    BookieDescription,
+    BrokerDescription,
     ClusterHealth,
     ConsumerDescription,
     CursorDescription,
@@ -57,6 +59,8 @@ __all__ = [
     "Admin",
     "AlreadyExists",
     "Batching",
+    "BookieDescription",
+    "BrokerDescription",
     "Client",
     "ClientClosed",
     "ClusterHealth",

@@ -21,7 +21,7 @@ from magnetar.client.positions import LATEST, Position, SubscriptionType, check_
 from magnetar.client.rpc import ADMIN_SERVICE
 from magnetar.v1 import admin_pb2, metadata_pb2
 
-SHARDS_MAX = 65_536
+SHARDS_MAX = 64
 PAGE_SIZE = 1000
 
 _TYPES = {
@@ -175,6 +175,37 @@ class ClusterHealth:
     problems: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class BrokerDescription:
+    """A broker that has a session. `shards`: that the cluster's records give to it."""
+
+    id: str
+    address: str
+    shards: int
+    http_address: str
+    version: str
+
+
+@dataclass(frozen=True, slots=True)
+class BookieDescription:
+    """A bookie: WRITABLE, READ_ONLY, DRAINING, or LOST when it has no session; then what it said of itself is gone.
+
+    ledgers   that name it
+    bytes     of its entries in those of them that are closed
+    """
+
+    id: str
+    address: str
+    state: str
+    rack: str
+    ledgers: int
+    bytes: int
+    disk_free_bytes: int
+    disk_total_bytes: int
+    http_address: str
+    version: str
+
+
 class _Calls:
     """Calls of the admin service: any broker answers."""
 
@@ -199,7 +230,7 @@ class Topics(_Calls):
         If the connection broke while it was created, AlreadyExists may speak of this very call.
         """
         if not 1 <= shards <= SHARDS_MAX:
-            raise InvalidArgument(f"a topic has 1 to {SHARDS_MAX} shards: shards=`{shards}`")
+            raise InvalidArgument(f"a new topic has 1 to {SHARDS_MAX} shards: shards=`{shards}`")
         request = admin_pb2.CreateTopicRequest(topic=full_topic(topic), shards=shards, dry_run=dry_run)
         response = await self._call("CreateTopic", request, admin_pb2.CreateTopicResponse)
         return _topic(response.topic)
@@ -315,6 +346,26 @@ class Ledgers(_Calls):
         return _ledger(response.ledger)
 
 
+class BrokerServers(_Calls):
+    """The cluster's brokers."""
+
+    async def list(self) -> list[BrokerDescription]:
+        """Those that have a session, by id."""
+        response = await self._call("ListBrokers", admin_pb2.ListBrokersRequest(), admin_pb2.ListBrokersResponse)
+        return [
+            BrokerDescription(b.broker_id, b.address, b.shards, b.http_address, b.version) for b in response.brokers
+        ]
+
+
+class BookieServers(_Calls):
+    """The cluster's bookies."""
+
+    async def list(self) -> list[BookieDescription]:
+        """All that ever stored something or have a session, by id."""
+        response = await self._call("ListBookies", admin_pb2.ListBookiesRequest(), admin_pb2.ListBookiesResponse)
+        return [_bookie(bookie) for bookie in response.bookies]
+
+
 class Cluster(_Calls):
     """The cluster as a whole."""
 
@@ -338,6 +389,8 @@ class Admin:
         self.topics = Topics(brokers, lifetime)
         self.subscriptions = Subscriptions(brokers, lifetime)
         self.ledgers = Ledgers(brokers, lifetime)
+        self.brokers = BrokerServers(brokers, lifetime)
+        self.bookies = BookieServers(brokers, lifetime)
         self.cluster = Cluster(brokers, lifetime)
 
 
@@ -410,6 +463,22 @@ def _ledger(ledger: admin_pb2.LedgerDescription) -> LedgerDescription:
         entries=record.last_entry + 1 if closed else None,
         bytes=record.length if closed else None,
         created=from_microseconds(record.created_us),
+    )
+
+
+def _bookie(bookie: admin_pb2.BookieDescription) -> BookieDescription:
+    lost = bookie.state == metadata_pb2.BOOKIE_STATE_UNSPECIFIED
+    return BookieDescription(
+        id=bookie.bookie_id,
+        address=bookie.address,
+        state="LOST" if lost else metadata_pb2.BookieState.Name(bookie.state).removeprefix("BOOKIE_STATE_"),
+        rack=bookie.rack,
+        ledgers=bookie.ledgers,
+        bytes=bookie.bytes,
+        disk_free_bytes=bookie.disk_free_bytes,
+        disk_total_bytes=bookie.disk_total_bytes,
+        http_address=bookie.http_address,
+        version=bookie.version,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
@@ -17,7 +18,7 @@ from magnetar.client.lifetime import Lifetime
 from magnetar.client.links import Cluster
 from magnetar.client.positions import EARLIEST, LATEST, Edge, Position
 from magnetar.client.producer import PENDING_BYTES_DEFAULT, Access, Compression, Producer
-from magnetar.client.rpc import GrpcRpc
+from magnetar.client.rpc import BrokerRpc, GrpcRpc
 
 TIMEOUT_S_MAX = 86_400.0
 PORT_MAX = 65_535
@@ -31,13 +32,14 @@ class Client:
     entered in, and to its process: after a fork, connect again.
     """
 
-    def __init__(self, servers: str, *, timeout: float) -> None:
+    def __init__(self, servers: str, *, timeout: float, rpc: Callable[[], BrokerRpc] = GrpcRpc) -> None:
         if not 0.0 < timeout <= TIMEOUT_S_MAX:
             raise InvalidArgument(
                 f"timeout is more than 0 and at most {TIMEOUT_S_MAX:.0f} seconds: timeout=`{timeout}`"
             )
         self._servers = parse_servers(servers)
         self._timeout_s = timeout
+        self._rpc = rpc
         self._lifetime = Lifetime("client")
         self._parts: _Parts | None = None
         self.admin = Admin(lambda: self._entered().brokers, self._lifetime)
@@ -45,7 +47,7 @@ class Client:
     async def __aenter__(self) -> Self:
         """Reaches no broker yet: the first call does."""
         self._lifetime.begin()
-        self._parts = _Parts(self._servers, self._timeout_s)
+        self._parts = _Parts(self._rpc(), self._servers, self._timeout_s)
         self._lifetime.opened()
         return self
 
@@ -169,16 +171,17 @@ class Client:
 class _Parts:
     """What a client has while it is open."""
 
-    def __init__(self, servers: tuple[str, ...], timeout_s: float) -> None:
-        self.rpc = GrpcRpc()
+    def __init__(self, rpc: BrokerRpc, servers: tuple[str, ...], timeout_s: float) -> None:
+        self.rpc = rpc
         self.brokers = Brokers(self.rpc, servers, timeout_s)
-        layouts = Layouts(self.brokers)
+        self._layouts = layouts = Layouts(self.brokers)
         self._produce_streams = Streams(ProduceStream, self.rpc)
         self._consume_streams = Streams(ConsumeStream, self.rpc)
         self.producing = Cluster(self.brokers, layouts, self._produce_streams, timeout_s)
         self.consuming = Cluster(self.brokers, layouts, self._consume_streams, timeout_s)
 
     async def close(self) -> None:
+        await self._layouts.stop()
         await self._produce_streams.stop()
         await self._consume_streams.stop()
         await self.rpc.close()

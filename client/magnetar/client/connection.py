@@ -76,6 +76,8 @@ class Stream(ABC, Generic[HandleT]):
 
     def __init__(self, rpc: BrokerRpc, address: str, ended: Callable[[], None]) -> None:
         self.address = address
+        self.registered = address
+        """The address that layouts give for this broker, once it answered."""
         self._rpc = rpc
         self._ended = ended
         self._handles: dict[int, HandleT] = {}
@@ -110,8 +112,8 @@ class Stream(ABC, Generic[HandleT]):
     def _greeting(self) -> bytes: ...
 
     @abstractmethod
-    def _answer(self, frame: bytes) -> common_pb2.Error | None:
-        """The error in the broker's answer to the greeting, if there is one."""
+    def _answer(self, frame: bytes) -> tuple[common_pb2.HelloReply, common_pb2.Error | None]:
+        """The broker's answer to the greeting, and the error in its place if there is one."""
 
     @abstractmethod
     def _next_frame(self) -> bytes | None:
@@ -148,9 +150,10 @@ class Stream(ABC, Generic[HandleT]):
             raise unavailable(f"the broker does not answer: broker=`{self.address}`") from None
         if frame is None:
             raise unavailable(f"the broker ended the stream: broker=`{self.address}`")
-        error = self._answer(frame)
+        hello, error = self._answer(frame)
         if error is not None:
             raise Refused.of(error)
+        self.registered = hello.address or self.address
 
     async def _talk(self, stream: RpcStream) -> None:
         """Until one direction ends; then the other ends too."""
@@ -230,9 +233,9 @@ class ProduceStream(Stream[ProducerHandle]):
     def _greeting(self) -> bytes:
         return broker_pb2.ProduceRequest(hello=self._hello()).SerializeToString()
 
-    def _answer(self, frame: bytes) -> common_pb2.Error | None:
+    def _answer(self, frame: bytes) -> tuple[common_pb2.HelloReply, common_pb2.Error | None]:
         response = broker_pb2.ProduceResponse.FromString(frame)
-        return response.error if response.HasField("error") else None
+        return response.hello, response.error if response.HasField("error") else None
 
     def _next_frame(self) -> bytes | None:
         if self._control:
@@ -313,9 +316,9 @@ class ConsumeStream(Stream[ConsumerHandle]):
     def _greeting(self) -> bytes:
         return broker_pb2.ConsumeRequest(hello=self._hello()).SerializeToString()
 
-    def _answer(self, frame: bytes) -> common_pb2.Error | None:
+    def _answer(self, frame: bytes) -> tuple[common_pb2.HelloReply, common_pb2.Error | None]:
         response = broker_pb2.ConsumeResponse.FromString(frame)
-        return response.error if response.HasField("error") else None
+        return response.hello, response.error if response.HasField("error") else None
 
     def _next_frame(self) -> bytes | None:
         request = broker_pb2.ConsumeRequest()

@@ -1,27 +1,42 @@
 """Which shards a topic has and who serves them, as the brokers last told; and calls that any broker answers.
 
-A layout is a hint: the broker that is asked decides. Whoever meets an answer that contradicts its layout refreshes it
-here; one request serves all who ask at the same time, and everyone who uses the topic is told of what changed.
+A layout is a hint: the broker that is asked decides. While somebody uses a topic, a broker pushes its layout at each
+change: if possible one that serves no shard of it, which can tell when their owner is gone. Whoever meets an answer
+that contradicts its layout refreshes it here; one request serves all who ask at the same time. Everyone who uses the
+topic is told of both.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from magnetar.client.backoff import Delays
 from magnetar.client.errors import InvalidArgument
-from magnetar.client.refusal import Refused, unavailable
-from magnetar.client.rpc import BROKER_SERVICE, BrokerRpc
+from magnetar.client.refusal import UNSUPPORTED, Refused, unavailable
+from magnetar.client.rpc import BROKER_SERVICE, BrokerRpc, RpcStream
 from magnetar.v1 import broker_pb2, metadata_pb2
 from magnetar.wire.names import InvalidName, TopicName, check_name
 
 ATTEMPT_S_MAX = 5.0
 """For one broker to answer a call that others could answer as well."""
 
+SILENCE_S_MAX = 1.0
+"""Of one broker, after which another one is asked beside it, if it does no harm to be answered by both."""
+
 KNOWN_BROKERS_MAX = 64
+
+WATCHES_MAX = 100
+"""Topics whose layouts are pushed: a connection holds 256 calls at a time. Of others they are asked for when something
+goes wrong."""
+
+WATCH_RETRY_S_MAX = 1.0
+
+
+log = logging.getLogger("magnetar.client")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,19 +89,23 @@ class Brokers:
         """The one that answered last."""
         return self._preferred
 
-    def learn(self, address: str) -> None:
-        """A layout named this broker."""
-        if address and address not in self._servers:
-            self._learned.pop(address, None)
-            self._learned[address] = None
-            if len(self._learned) > KNOWN_BROKERS_MAX:
-                del self._learned[next(iter(self._learned))]
+    def learn(self, addresses: Iterable[str]) -> None:
+        """These brokers are in the cluster."""
+        for address in addresses:
+            if address and address not in self._servers:
+                self._learned.pop(address, None)
+                self._learned[address] = None
+                if len(self._learned) > KNOWN_BROKERS_MAX:
+                    del self._learned[next(iter(self._learned))]
+
+    def known(self) -> list[str]:
+        """The one that answered last, then those that the user named, then the others."""
+        return list(dict.fromkeys((self._preferred, *self._servers, *reversed(self._learned))))
 
     async def ask(self, method: str, request: bytes, attempt_s: float) -> bytes:
         """One attempt at each broker until one answers, yes or no. Raises Refused."""
-        addresses = dict.fromkeys((self._preferred, *self._servers, *self._learned))
         failure = unavailable("no broker is known")
-        for address in addresses:
+        for address in self.known():
             try:
                 answer = await self._rpc.call(address, method, request, attempt_s)
             except Refused as refused:
@@ -98,15 +117,60 @@ class Brokers:
                 return answer
         raise failure
 
-    async def call(self, method: str, request: bytes, *, attempt_s: float | None = None) -> bytes:
-        """Ask until there is an answer. Raises the public error: ClusterUnavailable after the timeout."""
+    async def ask_several(self, method: str, request: bytes, attempt_s: float) -> bytes:
+        """As `ask`, but the next broker is asked as soon as one is silent: for calls that may be answered twice."""
+        addresses = iter(self.known())
+        asked: dict[asyncio.Task[bytes], str] = {}
+        failure = unavailable("no broker is known")
+        try:
+            while True:
+                address = next(addresses, None)
+                if address is not None:
+                    asked[asyncio.create_task(self._rpc.call(address, method, request, attempt_s))] = address
+                elif not asked:
+                    raise failure
+                timeout_s = None if address is None else SILENCE_S_MAX
+                done, _ = await asyncio.wait(asked, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    address = asked.pop(task)
+                    error = task.exception()
+                    if error is None:
+                        self._preferred = address
+                        return task.result()
+                    if not isinstance(error, Refused) or error.final:
+                        raise error
+                    failure = error
+        finally:
+            for task in asked:
+                task.cancel()
+            await asyncio.gather(*asked, return_exceptions=True)
+
+    def watch(self, address: str, method: str, request: bytes) -> RpcStream:
+        return self._rpc.answers(address, method, request)
+
+    async def answers(self, address: str, method: str, request: bytes) -> bool:
+        """This broker answers this call, and soon."""
+        try:
+            await self._rpc.call(address, method, request, SILENCE_S_MAX)
+        except Refused:
+            return False
+        return True
+
+    async def call(
+        self, method: str, request: bytes, *, attempt_s: float | None = None, several: bool = False
+    ) -> bytes:
+        """Ask until there is an answer. `several`: see `ask_several`.
+
+        Raises the public error: ClusterUnavailable after the timeout.
+        """
+        ask = self.ask_several if several else self.ask
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._timeout_s
         delays = Delays(random.random)
         while True:
             remaining_s = max(0.001, deadline - loop.time())
             try:
-                return await self.ask(method, request, min(remaining_s, attempt_s or remaining_s))
+                return await ask(method, request, min(remaining_s, attempt_s or remaining_s))
             except Refused as refused:
                 wait_s = delays.next_s(at_least_s=refused.retry_after_s)
                 if refused.final or loop.time() + wait_s >= deadline:
@@ -121,12 +185,14 @@ class Layouts:
         self._brokers = brokers
         self._refreshing: dict[str, asyncio.Task[Layout]] = {}
         self._listeners: dict[str, list[Callable[[Layout], None]]] = {}
+        self._watches: dict[str, asyncio.Task[None]] = {}
+        self._can_watch = True
 
     async def get(self, topic: str, *, create: bool) -> Layout:
         """The layout now, the topic created if it is not there. Raises public errors."""
         request = broker_pb2.ResolveRequest(topic=topic, create=create).SerializeToString()
-        answer = await self._brokers.call(BROKER_SERVICE + "Resolve", request, attempt_s=ATTEMPT_S_MAX)
-        return self._learn(answer)
+        answer = await self._brokers.call(BROKER_SERVICE + "Resolve", request, attempt_s=ATTEMPT_S_MAX, several=True)
+        return self._learn(broker_pb2.ResolveResponse.FromString(answer))
 
     async def refresh(self, topic: str) -> Layout:
         """The layout now, in one attempt; everyone who listens to the topic is told. Raises Refused."""
@@ -137,24 +203,40 @@ class Layouts:
         return await asyncio.shield(task)
 
     def listen(self, topic: str, listener: Callable[[Layout], None]) -> Callable[[], None]:
-        """Tell of each refresh of the topic. Returns what ends it."""
+        """Tell of each layout of the topic that comes. Returns what ends it."""
         listeners = self._listeners.setdefault(topic, [])
         listeners.append(listener)
+        if topic not in self._watches and len(self._watches) < WATCHES_MAX and self._can_watch:
+            self._watches[topic] = asyncio.create_task(self._watch(topic), name=f"watch {topic}")
 
         def end() -> None:
             if listener in listeners:
                 listeners.remove(listener)
             if not listeners and self._listeners.get(topic) is listeners:
                 del self._listeners[topic]
+                if (watch := self._watches.pop(topic, None)) is not None:
+                    watch.cancel()
 
         return end
 
+    async def stop(self) -> None:
+        """Nothing is watched any more, and nobody asks."""
+        watches, self._watches = list(self._watches.values()), {}
+        self._can_watch = False
+        for watch in watches:
+            watch.cancel()
+        await asyncio.gather(*watches, return_exceptions=True)
+
     async def _refresh(self, topic: str) -> Layout:
         request = broker_pb2.ResolveRequest(topic=topic).SerializeToString()
-        layout = self._learn(await self._brokers.ask(BROKER_SERVICE + "Resolve", request, ATTEMPT_S_MAX))
+        answer = await self._brokers.ask_several(BROKER_SERVICE + "Resolve", request, ATTEMPT_S_MAX)
+        layout = self._learn(broker_pb2.ResolveResponse.FromString(answer))
+        self._tell(topic, layout)
+        return layout
+
+    def _tell(self, topic: str, layout: Layout) -> None:
         for listener in tuple(self._listeners.get(topic, ())):
             listener(layout)
-        return layout
 
     def _refreshed(self, topic: str, task: asyncio.Task[Layout]) -> None:
         self._refreshing.pop(topic, None)
@@ -162,11 +244,109 @@ class Layouts:
             # Marks the error as seen: whoever waited has it too.
             task.exception()
 
-    def _learn(self, answer: bytes) -> Layout:
-        layout = Layout.of(broker_pb2.ResolveResponse.FromString(answer).layout)
-        for shard in layout.shards:
-            self._brokers.learn(shard.owner)
+    def _learn(self, answer: broker_pb2.ResolveResponse | broker_pb2.WatchLayoutResponse) -> Layout:
+        layout = Layout.of(answer.layout)
+        self._brokers.learn([*answer.brokers, *(shard.owner for shard in layout.shards)])
         return layout
+
+    # --- pushed layouts ---
+
+    async def _watch(self, topic: str) -> None:
+        """Until nobody listens: at one broker after the other, as long as each tells."""
+        delays = Delays(random.random, max_s=WATCH_RETRY_S_MAX)
+        watch = _Watch(self._brokers, topic)
+        try:
+            while self._can_watch:
+                try:
+                    async for answer in watch.answers():
+                        delays.reset()
+                        self._tell(topic, self._learn(answer))
+                except Refused as refused:
+                    if refused.reason == UNSUPPORTED:
+                        self._can_watch = False
+                if watch.exhausted:
+                    await asyncio.sleep(delays.next_s())
+                    watch.start_over()
+        except Exception:
+            log.exception("watching a layout failed: topic=`%s`", topic)
+
+
+class _Watch:
+    """A topic's layout, watched at one of the brokers."""
+
+    def __init__(self, brokers: Brokers, topic: str) -> None:
+        self._brokers = brokers
+        self._request = broker_pb2.WatchLayoutRequest(topic=topic).SerializeToString()
+        self._probe = broker_pb2.ResolveRequest(topic=topic).SerializeToString()
+        self._owners: frozenset[str] = frozenset()
+        self._tried: set[str] = set()
+        self._silent: set[str] = set()
+        self._better: str | None = None
+        """A bystander that has just answered."""
+
+    @property
+    def exhausted(self) -> bool:
+        """Each known broker was tried and did not go on telling."""
+        return all(address in self._tried for address in self._brokers.known())
+
+    def start_over(self) -> None:
+        self._tried.clear()
+        self._silent.clear()
+
+    async def answers(self) -> AsyncIterator[broker_pb2.WatchLayoutResponse]:
+        """What the next broker tells, until it ends or a better one is known. Raises Refused."""
+        address = self._next()
+        self._better = None
+        self._tried.add(address)
+        stream = self._brokers.watch(address, BROKER_SERVICE + "WatchLayout", self._request)
+        try:
+            async with asyncio.timeout(ATTEMPT_S_MAX):
+                frame = await stream.read()
+            while frame is not None:
+                answer = broker_pb2.WatchLayoutResponse.FromString(frame)
+                yield answer
+                self._owners = frozenset(shard.owner for shard in answer.layout.shards)
+                self._tried = {address}
+                frame = await self._following(stream, address)
+        except TimeoutError:
+            raise unavailable(f"the broker does not answer: broker=`{address}`") from None
+        finally:
+            await stream.close()
+
+    async def _following(self, stream: RpcStream, address: str) -> bytes | None:
+        """The next frame; None at the end, and as soon as a broker that serves no shard answers instead of an owner.
+
+        A bystander may be silent because it is the owner that was lost: the watch of the next owner is kept meanwhile.
+        """
+        bystanders = self._bystanders() if address in self._owners else []
+        if not bystanders:
+            return await stream.read()
+        reading = asyncio.create_task(stream.read())
+        probing = asyncio.create_task(self._brokers.answers(bystanders[0], BROKER_SERVICE + "Resolve", self._probe))
+        try:
+            await asyncio.wait({reading, probing}, return_when=asyncio.FIRST_COMPLETED)
+            if not probing.done():
+                return reading.result()
+            if probing.result():
+                self._better = bystanders[0]
+                return None
+            self._silent.add(bystanders[0])
+            return await reading
+        finally:
+            for task in (reading, probing):
+                task.cancel()
+            await asyncio.gather(reading, probing, return_exceptions=True)
+
+    def _next(self) -> str:
+        untried = [address for address in self._brokers.known() if address not in self._tried]
+        return self._better or next(iter(self._bystanders() or untried or self._brokers.known()))
+
+    def _bystanders(self) -> list[str]:
+        """Brokers that are not known to serve a shard of the topic, in random order: many clients ask."""
+        unfit = self._owners | self._tried | self._silent
+        known = [address for address in self._brokers.known() if address not in unfit]
+        random.shuffle(known)
+        return known
 
 
 def full_topic(topic: str) -> str:

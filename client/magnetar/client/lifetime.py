@@ -29,7 +29,7 @@ class Lifetime:
             f"this {kind} is not open: use `async with` (or `with`, in magnetar.client.sync)"
         )
         self.closer = closer
-        self.children: set[Lifetime] = set()
+        self.children: dict[Lifetime, None] = {}
         self._kind = kind
         self._parent = parent
         self._state = _State.NEW
@@ -47,7 +47,7 @@ class Lifetime:
             raise ClientClosed(f"a {self._kind} is entered only once: make another one")
         self._state = _State.OPENING
         if self._parent is not None:
-            self._parent.children.add(self)
+            self._parent.children[self] = None
         else:
             _clients.add(self)
 
@@ -73,7 +73,7 @@ class Lifetime:
         """All of it is over: its parent need not care."""
         self._state = _State.CLOSED
         if self._parent is not None:
-            self._parent.children.discard(self)
+            self._parent.children.pop(self, None)
         _clients.discard(self)
 
     def forked(self) -> None:

@@ -7,6 +7,9 @@
 The reason decides alone: a broker that names the owner is believed at once, a final reason ends the link, everything
 else is tried again, for ever. Patience is another matter: when something is waited for and nothing moves for `timeout`
 seconds, `_timed_out` tells the users, and the link goes on.
+
+A layout that names another owner than before is news. Whoever waits goes there at once. Who is open elsewhere goes
+after HINT_GRACE_S, unless other news came: the broker that told may know less than the one that redirected here.
 """
 
 from __future__ import annotations
@@ -15,13 +18,18 @@ import asyncio
 import logging
 import random
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Generic
 
 from magnetar.client.backoff import Delays
 from magnetar.client.connection import Streams, StreamT
-from magnetar.client.layouts import Brokers, Layouts
+from magnetar.client.layouts import Brokers, Layout, Layouts
 from magnetar.client.refusal import NOT_OWNER, OUT_OF_ORDER, WRONG_SHARD, Refused, unavailable
+
+HINT_GRACE_S = 0.3
+"""From news of another owner until an open handle is given up for it."""
 
 log = logging.getLogger("magnetar.client")
 
@@ -48,12 +56,16 @@ class ShardLink(ABC, Generic[StreamT]):
         self._delays = Delays(random.random)
         self._stream: StreamT | None = None
         self._number = 0
+        self._at = ""
         self._closed: asyncio.Future[Refused] | None = None
         self._refused = unavailable("no attempt was made yet")
         self._task: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._moved_at = 0.0
         self._stopped = False
+        self._unlisten: Callable[[], None] | None = None
+        self._told_owner = owner
+        self._news = asyncio.Event()
 
     # --- what kinds of link do ---
 
@@ -85,6 +97,7 @@ class ShardLink(ABC, Generic[StreamT]):
 
     def start(self) -> None:
         if self._task is None:
+            self._unlisten = self._cluster.layouts.listen(self.topic, self._told)
             self._task = asyncio.create_task(self._run(), name=f"{type(self).__name__} {self.topic} {self.shard_id}")
 
     async def stop(self) -> None:
@@ -99,6 +112,9 @@ class ShardLink(ABC, Generic[StreamT]):
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        if self._unlisten is not None:
+            self._unlisten()
+            self._unlisten = None
         if self._task is not None:
             self._task.cancel()
 
@@ -111,7 +127,7 @@ class ShardLink(ABC, Generic[StreamT]):
                     break
                 wait_s = self._delays.next_s(at_least_s=refused.retry_after_s, at_once=self._knows_where(refused))
                 if wait_s:
-                    await asyncio.sleep(wait_s)
+                    await self._pause(wait_s)
         except Exception as error:
             log.exception("link failed: topic=`%s` shard=`%d`", self.topic, self.shard_id)
             refused = unavailable(f"the client failed: {error!r}")
@@ -120,12 +136,15 @@ class ShardLink(ABC, Generic[StreamT]):
     async def _attempt(self) -> Refused:
         """Open at the owner and stay until it ends."""
         try:
-            address = self._owner or await self._resolve()
+            address = self._at = self._owner or await self._resolve()
             self._owner = ""
-            stream = await self._cluster.streams.at(address)
+            self._news.clear()
+            stream = await self._connect(address)
             self._number = self._open(stream)
         except Refused as error:
             return error
+        finally:
+            self._at = ""
         self._stream = stream
         self._closed = self._loop.create_future()
         try:
@@ -137,6 +156,50 @@ class ShardLink(ABC, Generic[StreamT]):
         elif refused.reason == OUT_OF_ORDER or refused.one_batch:
             self._owner = address
         return refused
+
+    async def _connect(self, address: str) -> StreamT:
+        """Raises Refused, NOT_OWNER also if news comes of another owner while this one does not answer."""
+        connecting = asyncio.ensure_future(self._cluster.streams.at(address))
+        news = asyncio.ensure_future(self._news.wait())
+        try:
+            await asyncio.wait({connecting, news}, return_when=asyncio.FIRST_COMPLETED)
+            if connecting.done():
+                return connecting.result()
+        finally:
+            for waiting in (connecting, news):
+                waiting.cancel()
+            await asyncio.gather(connecting, news, return_exceptions=True)
+        self._owner = self._told_owner
+        raise Refused(NOT_OWNER, f"the shard has another owner: broker=`{address}`", owner=self._told_owner)
+
+    async def _pause(self, wait_s: float) -> None:
+        """Until then, or until there is news of an owner."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(wait_s):
+                await self._news.wait()
+                self._owner = self._told_owner
+
+    def _told(self, layout: Layout) -> None:
+        """A layout came. Only an owner that is not the one of the layout before is news."""
+        place = layout.shard(self.shard_id)
+        if place is None or place.owner == self._told_owner:
+            return
+        self._told_owner = place.owner
+        stream = self._stream
+        here = (self._at,) if stream is None else (stream.address, stream.registered)
+        if not place.owner or place.owner in here:
+            self._news.clear()
+            return
+        self._news.set()
+        if stream is not None:
+            self._loop.call_later(HINT_GRACE_S, self._follow, place.owner)
+
+    def _follow(self, owner: str) -> None:
+        stream = self._stream
+        if stream is None or not owner or owner != self._told_owner:
+            return
+        if owner not in (stream.address, stream.registered):
+            self._cut(Refused(NOT_OWNER, f"the shard has another owner: broker=`{stream.address}`", owner=owner))
 
     async def _resolve(self) -> str:
         layout = await self._cluster.layouts.refresh(self.topic)

@@ -61,6 +61,9 @@ class BrokerRpc(Protocol):
 
     def stream(self, address: str, method: str) -> RpcStream: ...
 
+    def answers(self, address: str, method: str, request: bytes) -> RpcStream:
+        """A call with many answers: there is nothing to write."""
+
     async def close(self) -> None: ...
 
 
@@ -75,7 +78,7 @@ class GrpcRpc:
         try:
             response: bytes = await call(request, timeout=timeout_s)
         except grpc.aio.AioRpcError as error:
-            raise _refused(address, error) from None
+            raise refused_by(address, error) from None
         except asyncio.CancelledError:
             _pass_on_cancellation()
             raise unavailable(f"the call was cut off: broker=`{address}`") from None
@@ -83,6 +86,9 @@ class GrpcRpc:
 
     def stream(self, address: str, method: str) -> RpcStream:
         return GrpcStream(address, self._channel(address).stream_stream(method)())
+
+    def answers(self, address: str, method: str, request: bytes) -> RpcStream:
+        return GrpcStream(address, self._channel(address).unary_stream(method)(request))
 
     async def close(self) -> None:
         channels, self._channels = self._channels, {}
@@ -97,7 +103,7 @@ class GrpcRpc:
 
 
 class GrpcStream:
-    """A bidirectional call of grpc.aio."""
+    """A call of grpc.aio with a stream of answers."""
 
     def __init__(self, address: str, call: Any) -> None:
         self._address = address
@@ -107,7 +113,7 @@ class GrpcStream:
         try:
             await self._call.write(frame)
         except grpc.aio.AioRpcError as error:
-            raise _refused(self._address, error) from None
+            raise refused_by(self._address, error) from None
         except asyncio.InvalidStateError:
             raise self._cut_off() from None
         except asyncio.CancelledError:
@@ -118,7 +124,7 @@ class GrpcStream:
         try:
             frame = await self._call.read()
         except grpc.aio.AioRpcError as error:
-            raise _refused(self._address, error) from None
+            raise refused_by(self._address, error) from None
         except asyncio.InvalidStateError:
             raise self._cut_off() from None
         except asyncio.CancelledError:
@@ -143,7 +149,7 @@ def _pass_on_cancellation() -> None:
         raise asyncio.CancelledError
 
 
-def _refused(address: str, error: grpc.aio.AioRpcError) -> Refused:
+def refused_by(address: str, error: grpc.aio.AioRpcError) -> Refused:
     """The broker's own error if it sent one, else what gRPC says."""
     for key, value in error.trailing_metadata() or ():
         if key == ERROR_METADATA_KEY:

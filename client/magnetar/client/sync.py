@@ -41,6 +41,8 @@ __all__ = [
     "LATEST",
     "Admin",
     "Batching",
+    "BookieServers",
+    "BrokerServers",
     "Client",
     "Cluster",
     "Ledgers",
@@ -107,6 +109,18 @@ class Ledgers(_Facade[aio_admin.Ledgers]):
     describe = _blocking(aio_admin.Ledgers.describe)
 
 
+class BrokerServers(_Facade[aio_admin.BrokerServers]):
+    __doc__ = aio_admin.BrokerServers.__doc__
+
+    list = _blocking(aio_admin.BrokerServers.list)
+
+
+class BookieServers(_Facade[aio_admin.BookieServers]):
+    __doc__ = aio_admin.BookieServers.__doc__
+
+    list = _blocking(aio_admin.BookieServers.list)
+
+
 class Cluster(_Facade[aio_admin.Cluster]):
     __doc__ = aio_admin.Cluster.__doc__
 
@@ -120,6 +134,8 @@ class Admin:
         self.topics = Topics(portal, inner.topics)
         self.subscriptions = Subscriptions(portal, inner.subscriptions)
         self.ledgers = Ledgers(portal, inner.ledgers)
+        self.brokers = BrokerServers(portal, inner.brokers)
+        self.bookies = BookieServers(portal, inner.bookies)
         self.cluster = Cluster(portal, inner.cluster)
 
 

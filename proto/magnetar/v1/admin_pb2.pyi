@@ -232,18 +232,20 @@ class ConsumerDescription(_message.Message):
     def __init__(self, consumer: _Optional[str] = ..., shard_id: _Optional[int] = ..., active: bool = ..., unacked_messages: _Optional[int] = ..., credit_messages: _Optional[int] = ..., credit_bytes: _Optional[int] = ..., client: _Optional[str] = ...) -> None: ...
 
 class SeekSubscriptionRequest(_message.Message):
-    __slots__ = ("topic", "subscription", "position", "shard_id", "dry_run")
+    __slots__ = ("topic", "subscription", "position", "shard_id", "dry_run", "passed_on")
     TOPIC_FIELD_NUMBER: _ClassVar[int]
     SUBSCRIPTION_FIELD_NUMBER: _ClassVar[int]
     POSITION_FIELD_NUMBER: _ClassVar[int]
     SHARD_ID_FIELD_NUMBER: _ClassVar[int]
     DRY_RUN_FIELD_NUMBER: _ClassVar[int]
+    PASSED_ON_FIELD_NUMBER: _ClassVar[int]
     topic: str
     subscription: str
     position: _metadata_pb2.StartPosition
     shard_id: int
     dry_run: bool
-    def __init__(self, topic: _Optional[str] = ..., subscription: _Optional[str] = ..., position: _Optional[_Union[_metadata_pb2.StartPosition, _Mapping]] = ..., shard_id: _Optional[int] = ..., dry_run: bool = ...) -> None: ...
+    passed_on: bool
+    def __init__(self, topic: _Optional[str] = ..., subscription: _Optional[str] = ..., position: _Optional[_Union[_metadata_pb2.StartPosition, _Mapping]] = ..., shard_id: _Optional[int] = ..., dry_run: bool = ..., passed_on: bool = ...) -> None: ...
 
 class SeekSubscriptionResponse(_message.Message):
     __slots__ = ("shards",)
@@ -324,3 +326,97 @@ class ClusterHealthResponse(_message.Message):
     unavailable_shards: int
     problems: _containers.RepeatedScalarFieldContainer[str]
     def __init__(self, healthy: bool = ..., brokers: _Optional[int] = ..., bookies: _Optional[int] = ..., under_replicated_ledgers: _Optional[int] = ..., unavailable_shards: _Optional[int] = ..., problems: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class DescribeShardRequest(_message.Message):
+    __slots__ = ("topic", "shard_id", "segments", "subscriptions", "ages")
+    TOPIC_FIELD_NUMBER: _ClassVar[int]
+    SHARD_ID_FIELD_NUMBER: _ClassVar[int]
+    SEGMENTS_FIELD_NUMBER: _ClassVar[int]
+    SUBSCRIPTIONS_FIELD_NUMBER: _ClassVar[int]
+    AGES_FIELD_NUMBER: _ClassVar[int]
+    topic: str
+    shard_id: int
+    segments: bool
+    subscriptions: _containers.RepeatedScalarFieldContainer[str]
+    ages: bool
+    def __init__(self, topic: _Optional[str] = ..., shard_id: _Optional[int] = ..., segments: bool = ..., subscriptions: _Optional[_Iterable[str]] = ..., ages: bool = ...) -> None: ...
+
+class DescribeShardResponse(_message.Message):
+    __slots__ = ("shard", "subscriptions")
+    SHARD_FIELD_NUMBER: _ClassVar[int]
+    SUBSCRIPTIONS_FIELD_NUMBER: _ClassVar[int]
+    shard: ShardDescription
+    subscriptions: _containers.RepeatedCompositeFieldContainer[SubscriptionDescription]
+    def __init__(self, shard: _Optional[_Union[ShardDescription, _Mapping]] = ..., subscriptions: _Optional[_Iterable[_Union[SubscriptionDescription, _Mapping]]] = ...) -> None: ...
+
+class SettleSubscriptionRequest(_message.Message):
+    __slots__ = ("topic", "shard_id", "subscription")
+    TOPIC_FIELD_NUMBER: _ClassVar[int]
+    SHARD_ID_FIELD_NUMBER: _ClassVar[int]
+    SUBSCRIPTION_FIELD_NUMBER: _ClassVar[int]
+    topic: str
+    shard_id: int
+    subscription: str
+    def __init__(self, topic: _Optional[str] = ..., shard_id: _Optional[int] = ..., subscription: _Optional[str] = ...) -> None: ...
+
+class SettleSubscriptionResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ListBrokersRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ListBrokersResponse(_message.Message):
+    __slots__ = ("brokers",)
+    BROKERS_FIELD_NUMBER: _ClassVar[int]
+    brokers: _containers.RepeatedCompositeFieldContainer[BrokerDescription]
+    def __init__(self, brokers: _Optional[_Iterable[_Union[BrokerDescription, _Mapping]]] = ...) -> None: ...
+
+class BrokerDescription(_message.Message):
+    __slots__ = ("broker_id", "address", "http_address", "version", "shards")
+    BROKER_ID_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    HTTP_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    SHARDS_FIELD_NUMBER: _ClassVar[int]
+    broker_id: str
+    address: str
+    http_address: str
+    version: str
+    shards: int
+    def __init__(self, broker_id: _Optional[str] = ..., address: _Optional[str] = ..., http_address: _Optional[str] = ..., version: _Optional[str] = ..., shards: _Optional[int] = ...) -> None: ...
+
+class ListBookiesRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ListBookiesResponse(_message.Message):
+    __slots__ = ("bookies",)
+    BOOKIES_FIELD_NUMBER: _ClassVar[int]
+    bookies: _containers.RepeatedCompositeFieldContainer[BookieDescription]
+    def __init__(self, bookies: _Optional[_Iterable[_Union[BookieDescription, _Mapping]]] = ...) -> None: ...
+
+class BookieDescription(_message.Message):
+    __slots__ = ("bookie_id", "address", "http_address", "version", "rack", "state", "ledgers", "bytes", "disk_free_bytes", "disk_total_bytes")
+    BOOKIE_ID_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    HTTP_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    RACK_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    LEDGERS_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    DISK_FREE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DISK_TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    bookie_id: str
+    address: str
+    http_address: str
+    version: str
+    rack: str
+    state: _metadata_pb2.BookieState
+    ledgers: int
+    bytes: int
+    disk_free_bytes: int
+    disk_total_bytes: int
+    def __init__(self, bookie_id: _Optional[str] = ..., address: _Optional[str] = ..., http_address: _Optional[str] = ..., version: _Optional[str] = ..., rack: _Optional[str] = ..., state: _Optional[_Union[_metadata_pb2.BookieState, str]] = ..., ledgers: _Optional[int] = ..., bytes: _Optional[int] = ..., disk_free_bytes: _Optional[int] = ..., disk_total_bytes: _Optional[int] = ...) -> None: ...

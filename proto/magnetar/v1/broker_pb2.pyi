@@ -43,10 +43,12 @@ class ResolveRequest(_message.Message):
     def __init__(self, topic: _Optional[str] = ..., create: bool = ...) -> None: ...
 
 class ResolveResponse(_message.Message):
-    __slots__ = ("layout",)
+    __slots__ = ("layout", "brokers")
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    BROKERS_FIELD_NUMBER: _ClassVar[int]
     layout: Layout
-    def __init__(self, layout: _Optional[_Union[Layout, _Mapping]] = ...) -> None: ...
+    brokers: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, layout: _Optional[_Union[Layout, _Mapping]] = ..., brokers: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class WatchLayoutRequest(_message.Message):
     __slots__ = ("topic",)
@@ -55,10 +57,12 @@ class WatchLayoutRequest(_message.Message):
     def __init__(self, topic: _Optional[str] = ...) -> None: ...
 
 class WatchLayoutResponse(_message.Message):
-    __slots__ = ("layout",)
+    __slots__ = ("layout", "brokers")
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    BROKERS_FIELD_NUMBER: _ClassVar[int]
     layout: Layout
-    def __init__(self, layout: _Optional[_Union[Layout, _Mapping]] = ...) -> None: ...
+    brokers: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, layout: _Optional[_Union[Layout, _Mapping]] = ..., brokers: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class RegisterProducerRequest(_message.Message):
     __slots__ = ("topic", "name")

@@ -24,21 +24,21 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18magnetar/v1/common.proto\x12\x0bmagnetar.v1\"g\n\x05Hello\x12\x14\n\x0cprotocol_min\x18\x01 \x01(\r\x12\x14\n\x0cprotocol_max\x18\x02 \x01(\r\x12\x10\n\x08\x66\x65\x61tures\x18\x03 \x03(\t\x12\x0c\n\x04name\x18\x04 \x01(\t\x12\x12\n\ncredential\x18\x05 \x01(\x0c\"\x86\x01\n\nHelloReply\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x10\n\x08\x66\x65\x61tures\x18\x02 \x03(\t\x12\x0f\n\x07node_id\x18\x03 \x01(\t\x12\x0f\n\x07\x63luster\x18\x04 \x01(\t\x12\x19\n\x11max_message_bytes\x18\x05 \x01(\r\x12\x17\n\x0fmax_frame_bytes\x18\x06 \x01(\r\"i\n\x05\x45rror\x12(\n\x06reason\x18\x01 \x01(\x0e\x32\x18.magnetar.v1.ErrorReason\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\r\n\x05owner\x18\x03 \x01(\t\x12\x16\n\x0eretry_after_ms\x18\x04 \x01(\r\"#\n\x05Range\x12\r\n\x05start\x18\x01 \x01(\x04\x12\x0b\n\x03\x65nd\x18\x02 \x01(\x04*\xfe\x04\n\x0b\x45rrorReason\x12\x1c\n\x18\x45RROR_REASON_UNSPECIFIED\x10\x00\x12\x1a\n\x16\x45RROR_REASON_MALFORMED\x10\x01\x12!\n\x1d\x45RROR_REASON_INVALID_ARGUMENT\x10\x02\x12 \n\x1c\x45RROR_REASON_TOPIC_NOT_FOUND\x10\x03\x12\'\n#ERROR_REASON_SUBSCRIPTION_NOT_FOUND\x10\x04\x12!\n\x1d\x45RROR_REASON_LEDGER_NOT_FOUND\x10\x05\x12\x1f\n\x1b\x45RROR_REASON_ALREADY_EXISTS\x10\x06\x12\x1a\n\x16\x45RROR_REASON_NOT_OWNER\x10\x07\x12\x1c\n\x18\x45RROR_REASON_WRONG_SHARD\x10\x08\x12\"\n\x1e\x45RROR_REASON_MESSAGE_TOO_LARGE\x10\t\x12 \n\x1c\x45RROR_REASON_PRODUCER_FENCED\x10\n\x12\x1d\n\x19\x45RROR_REASON_OUT_OF_ORDER\x10\x0b\x12\x1e\n\x1a\x45RROR_REASON_CONSUMER_BUSY\x10\x0c\x12\x1f\n\x1b\x45RROR_REASON_NOT_AUTHORIZED\x10\r\x12\x1c\n\x18\x45RROR_REASON_UNAVAILABLE\x10\x0e\x12#\n\x1f\x45RROR_REASON_PROTOCOL_VIOLATION\x10\x0f\x12$\n ERROR_REASON_UNSUPPORTED_VERSION\x10\x10\x12\x1f\n\x1b\x45RROR_REASON_OFFSET_TRIMMED\x10\x11\x12\x19\n\x15\x45RROR_REASON_INTERNAL\x10\x12\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18magnetar/v1/common.proto\x12\x0bmagnetar.v1\"g\n\x05Hello\x12\x14\n\x0cprotocol_min\x18\x01 \x01(\r\x12\x14\n\x0cprotocol_max\x18\x02 \x01(\r\x12\x10\n\x08\x66\x65\x61tures\x18\x03 \x03(\t\x12\x0c\n\x04name\x18\x04 \x01(\t\x12\x12\n\ncredential\x18\x05 \x01(\x0c\"\x97\x01\n\nHelloReply\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x10\n\x08\x66\x65\x61tures\x18\x02 \x03(\t\x12\x0f\n\x07node_id\x18\x03 \x01(\t\x12\x0f\n\x07\x63luster\x18\x04 \x01(\t\x12\x19\n\x11max_message_bytes\x18\x05 \x01(\r\x12\x17\n\x0fmax_frame_bytes\x18\x06 \x01(\r\x12\x0f\n\x07\x61\x64\x64ress\x18\x07 \x01(\t\"i\n\x05\x45rror\x12(\n\x06reason\x18\x01 \x01(\x0e\x32\x18.magnetar.v1.ErrorReason\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\r\n\x05owner\x18\x03 \x01(\t\x12\x16\n\x0eretry_after_ms\x18\x04 \x01(\r\"#\n\x05Range\x12\r\n\x05start\x18\x01 \x01(\x04\x12\x0b\n\x03\x65nd\x18\x02 \x01(\x04*\xfe\x04\n\x0b\x45rrorReason\x12\x1c\n\x18\x45RROR_REASON_UNSPECIFIED\x10\x00\x12\x1a\n\x16\x45RROR_REASON_MALFORMED\x10\x01\x12!\n\x1d\x45RROR_REASON_INVALID_ARGUMENT\x10\x02\x12 \n\x1c\x45RROR_REASON_TOPIC_NOT_FOUND\x10\x03\x12\'\n#ERROR_REASON_SUBSCRIPTION_NOT_FOUND\x10\x04\x12!\n\x1d\x45RROR_REASON_LEDGER_NOT_FOUND\x10\x05\x12\x1f\n\x1b\x45RROR_REASON_ALREADY_EXISTS\x10\x06\x12\x1a\n\x16\x45RROR_REASON_NOT_OWNER\x10\x07\x12\x1c\n\x18\x45RROR_REASON_WRONG_SHARD\x10\x08\x12\"\n\x1e\x45RROR_REASON_MESSAGE_TOO_LARGE\x10\t\x12 \n\x1c\x45RROR_REASON_PRODUCER_FENCED\x10\n\x12\x1d\n\x19\x45RROR_REASON_OUT_OF_ORDER\x10\x0b\x12\x1e\n\x1a\x45RROR_REASON_CONSUMER_BUSY\x10\x0c\x12\x1f\n\x1b\x45RROR_REASON_NOT_AUTHORIZED\x10\r\x12\x1c\n\x18\x45RROR_REASON_UNAVAILABLE\x10\x0e\x12#\n\x1f\x45RROR_REASON_PROTOCOL_VIOLATION\x10\x0f\x12$\n ERROR_REASON_UNSUPPORTED_VERSION\x10\x10\x12\x1f\n\x1b\x45RROR_REASON_OFFSET_TRIMMED\x10\x11\x12\x19\n\x15\x45RROR_REASON_INTERNAL\x10\x12\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'magnetar.v1.common_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ERRORREASON']._serialized_start=428
-  _globals['_ERRORREASON']._serialized_end=1066
+  _globals['_ERRORREASON']._serialized_start=445
+  _globals['_ERRORREASON']._serialized_end=1083
   _globals['_HELLO']._serialized_start=41
   _globals['_HELLO']._serialized_end=144
   _globals['_HELLOREPLY']._serialized_start=147
-  _globals['_HELLOREPLY']._serialized_end=281
-  _globals['_ERROR']._serialized_start=283
-  _globals['_ERROR']._serialized_end=388
-  _globals['_RANGE']._serialized_start=390
-  _globals['_RANGE']._serialized_end=425
+  _globals['_HELLOREPLY']._serialized_end=298
+  _globals['_ERROR']._serialized_start=300
+  _globals['_ERROR']._serialized_end=405
+  _globals['_RANGE']._serialized_start=407
+  _globals['_RANGE']._serialized_end=442
 # @@protoc_insertion_point(module_scope)

@@ -63,20 +63,22 @@ class Hello(_message.Message):
     def __init__(self, protocol_min: _Optional[int] = ..., protocol_max: _Optional[int] = ..., features: _Optional[_Iterable[str]] = ..., name: _Optional[str] = ..., credential: _Optional[bytes] = ...) -> None: ...
 
 class HelloReply(_message.Message):
-    __slots__ = ("protocol", "features", "node_id", "cluster", "max_message_bytes", "max_frame_bytes")
+    __slots__ = ("protocol", "features", "node_id", "cluster", "max_message_bytes", "max_frame_bytes", "address")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     FEATURES_FIELD_NUMBER: _ClassVar[int]
     NODE_ID_FIELD_NUMBER: _ClassVar[int]
     CLUSTER_FIELD_NUMBER: _ClassVar[int]
     MAX_MESSAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
     MAX_FRAME_BYTES_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     features: _containers.RepeatedScalarFieldContainer[str]
     node_id: str
     cluster: str
     max_message_bytes: int
     max_frame_bytes: int
-    def __init__(self, protocol: _Optional[int] = ..., features: _Optional[_Iterable[str]] = ..., node_id: _Optional[str] = ..., cluster: _Optional[str] = ..., max_message_bytes: _Optional[int] = ..., max_frame_bytes: _Optional[int] = ...) -> None: ...
+    address: str
+    def __init__(self, protocol: _Optional[int] = ..., features: _Optional[_Iterable[str]] = ..., node_id: _Optional[str] = ..., cluster: _Optional[str] = ..., max_message_bytes: _Optional[int] = ..., max_frame_bytes: _Optional[int] = ..., address: _Optional[str] = ...) -> None: ...
 
 class Error(_message.Message):
     __slots__ = ("reason", "message", "owner", "retry_after_ms")

@@ -247,16 +247,18 @@ class BookieRegistration(_message.Message):
     def __init__(self, bookie_id: _Optional[str] = ..., address: _Optional[str] = ..., rack: _Optional[str] = ..., state: _Optional[_Union[BookieState, str]] = ..., disk_free_bytes: _Optional[int] = ..., disk_total_bytes: _Optional[int] = ..., ledger_floor: _Optional[int] = ..., version: _Optional[str] = ..., http_address: _Optional[str] = ...) -> None: ...
 
 class BrokerRegistration(_message.Message):
-    __slots__ = ("broker_id", "address", "version", "http_address")
+    __slots__ = ("broker_id", "address", "version", "http_address", "leaving")
     BROKER_ID_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     HTTP_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    LEAVING_FIELD_NUMBER: _ClassVar[int]
     broker_id: str
     address: str
     version: str
     http_address: str
-    def __init__(self, broker_id: _Optional[str] = ..., address: _Optional[str] = ..., version: _Optional[str] = ..., http_address: _Optional[str] = ...) -> None: ...
+    leaving: bool
+    def __init__(self, broker_id: _Optional[str] = ..., address: _Optional[str] = ..., version: _Optional[str] = ..., http_address: _Optional[str] = ..., leaving: bool = ...) -> None: ...
 
 class Cookie(_message.Message):
     __slots__ = ("bookie_id", "instance_id", "cluster", "directory_id")

@@ -1,22 +1,29 @@
-"""The admin service: topics, subscriptions, ledgers, health.
+"""The admin service: topics, subscriptions, ledgers, health. Any broker answers for the whole cluster.
 
-What an owner alone knows is answered for the shards that this broker serves, or may take over; of a shard that another
-living broker serves, what its records say.
+What an owner alone knows comes from the owner: of each shard that another broker serves, this one asks that broker
+(`DescribeShard`, `SettleSubscription`, a seek that is passed on), within a deadline. Who is asked so answers for shards
+that it serves itself, or with NOT_OWNER, and asks nobody: there are no circles. Where no owner answers, a description
+says what the records say, and that the rest is missing; what would change something is refused.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
+import random
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
+
+from google.protobuf.message import Message
 
 from magnetar.broker.describe import Records, describe_shard, is_settled, ledger_description
 from magnetar.broker.health import Findings
 from magnetar.broker.layout import even_ranges, shard_of
-from magnetar.broker.refusals import checked_name, subscription_not_found, topic_name
+from magnetar.broker.peers import Peers
+from magnetar.broker.refusals import RETRY_AFTER_MS, checked_name, subscription_not_found, topic_name
 from magnetar.broker.shard import ServedShard
 from magnetar.broker.topics import Topics
 from magnetar.ledger.bookie_rpc import Bookies
+from magnetar.metadata.backoff import Backoff
 from magnetar.metadata.codec import decode_broker, start_position_from_message
 from magnetar.metadata.keyspace import Keyspace
 from magnetar.metadata.records import (
@@ -29,7 +36,7 @@ from magnetar.metadata.records import (
     TopicRecord,
 )
 from magnetar.metadata.store import MetadataStore
-from magnetar.node.rpc import Context, Refused, invalid_argument, parse
+from magnetar.node.rpc import Context, Refused, invalid_argument, parse, unavailable
 from magnetar.node.settings import BrokerSettings
 from magnetar.v1 import admin_pb2 as pb
 from magnetar.v1 import common_pb2, metadata_pb2
@@ -38,7 +45,16 @@ PAGE_MAX = 1_000
 """Names or ledgers of one answer."""
 SHARDS_AT_ONCE = 16
 
+ASK_ATTEMPTS = 3
+"""At the owner of a shard, which may change meanwhile, for a description."""
+
+SETTLE_S = 10.0
+"""For the owners of all shards to know a new subscription; a crashed one has to be replaced first."""
+
+SERVICE = f"/{pb.DESCRIPTOR.services_by_name['AdminService'].full_name}/"
+
 T = TypeVar("T")
+AnswerT = TypeVar("AnswerT", bound=Message)
 
 
 class AdministeredBroker(Protocol):
@@ -46,6 +62,7 @@ class AdministeredBroker(Protocol):
 
     settings: BrokerSettings
     topics: Topics
+    peers: Peers
 
     async def shard(self, topic: str, shard_id: int) -> ServedShard: ...
     async def delete_topic(self, topic: str) -> None: ...
@@ -59,9 +76,11 @@ class Admin:
         keyspace: Keyspace,
         bookies: Bookies,
         now_us: Callable[[], int],
+        rng: random.Random,
     ) -> None:
         self._broker = broker
         self._topics = broker.topics
+        self._rng = rng
         self._bookies = bookies
         self._keyspace = keyspace
         self._now_us = now_us
@@ -81,6 +100,8 @@ class Admin:
             "ListLedgers": self.list_ledgers,
             "DescribeLedger": self.describe_ledger,
             "ClusterHealth": self.cluster_health,
+            "DescribeShard": self.describe_shard,
+            "SettleSubscription": self.settle_subscription,
         }
 
     # --- topics ---
@@ -138,13 +159,13 @@ class Admin:
 
     async def _describe_shard(self, topic: str, shard_id: int) -> pb.ShardDescription | None:
         metadata = await self._records.shard(shard_id)
-        if metadata is not None and not is_settled(metadata):
-            served = await self._here(topic, shard_id)
-            # Taking it over may have closed ledgers.
-            metadata = await self._records.shard(shard_id)
-        else:
-            served = None
-        return None if metadata is None else await describe_shard(metadata, served)
+        if metadata is None:
+            return None
+        if not is_settled(metadata):
+            known = await self._ask(pb.DescribeShardRequest(topic=topic, shard_id=shard_id, segments=True))
+            if known is not None:
+                return known.shard
+        return await describe_shard(metadata, None)
 
     async def _shards_as_recorded(self, record: TopicRecord) -> list[pb.ShardDescription | None]:
         async def one(shard_id: int) -> pb.ShardDescription | None:
@@ -153,14 +174,89 @@ class Admin:
 
         return await _gather(one(shard.shard_id) for shard in record.shards)
 
-    async def _here(self, topic: str, shard_id: int) -> ServedShard | None:
-        """The shard if this broker serves it or may; None if another one does, or it cannot be opened now."""
+    # --- what the owner of a shard knows ---
+
+    async def describe_shard(self, data: bytes, _context: Context) -> bytes:
+        request = parse(pb.DescribeShardRequest, data)
+        shard = await self._broker.shard(topic_name(request.topic), request.shard_id)
+        return (await self._known_here(shard, request)).SerializeToString()
+
+    async def settle_subscription(self, data: bytes, _context: Context) -> bytes:
+        request = parse(pb.SettleSubscriptionRequest, data)
+        name = checked_name("subscription", request.subscription)
+        shard = await self._broker.shard(topic_name(request.topic), request.shard_id)
+        await shard.subscription_changed(name)
+        return pb.SettleSubscriptionResponse().SerializeToString()
+
+    async def _known_here(self, shard: ServedShard, request: pb.DescribeShardRequest) -> pb.DescribeShardResponse:
+        response = pb.DescribeShardResponse()
+        if request.segments:
+            # Read now: taking the shard over may have closed ledgers.
+            metadata = await self._records.shard(shard.shard_id)
+            if metadata is not None:
+                response.shard.CopyFrom(await describe_shard(metadata, shard))
+        for name in request.subscriptions:
+            described = response.subscriptions.add(subscription=name)
+            _describe_in(described, shard)
+            if request.ages:
+                described.oldest_age_s = await self._oldest_age_s(name, shard)
+        return response
+
+    async def _ask(self, request: pb.DescribeShardRequest) -> pb.DescribeShardResponse | None:
+        """What the shard's owner knows, be it this broker or another one; None if nobody answers for it now."""
+        for _ in range(ASK_ATTEMPTS):
+            try:
+                place = await self._place(request.topic, request.shard_id)
+                if isinstance(place, ServedShard):
+                    return await self._known_here(place, request)
+                return await self._at(place, "DescribeShard", request, pb.DescribeShardResponse)
+            except Refused as refused:
+                if refused.reason == common_pb2.ERROR_REASON_UNAVAILABLE:
+                    return None
+                if refused.reason != common_pb2.ERROR_REASON_NOT_OWNER:
+                    raise
+        return None
+
+    async def _place(self, topic: str, shard_id: int) -> ServedShard | str:
+        """The shard, if it is or may be served here; else its broker's address. Raises Refused if none is known."""
         try:
             return await self._broker.shard(topic, shard_id)
         except Refused as refused:
-            if refused.reason in (common_pb2.ERROR_REASON_NOT_OWNER, common_pb2.ERROR_REASON_UNAVAILABLE):
-                return None
-            raise
+            if refused.reason != common_pb2.ERROR_REASON_NOT_OWNER or not refused.owner:
+                raise
+            return refused.owner
+
+    async def _at(self, address: str, method: str, request: Message, answer: type[AnswerT]) -> AnswerT:
+        return await self._broker.peers.call(address, SERVICE + method, request, answer)
+
+    async def _settle(self, topic: str, shard_id: int, name: str) -> None:
+        """The shard's cursor follows the subscription's record. Raises Refused."""
+        place = await self._place(topic, shard_id)
+        if isinstance(place, ServedShard):
+            await place.subscription_changed(name)
+        else:
+            request = pb.SettleSubscriptionRequest(topic=topic, shard_id=shard_id, subscription=name)
+            await self._at(place, "SettleSubscription", request, pb.SettleSubscriptionResponse)
+
+    async def _settle_in_time(self, topic: str, shard_id: int, name: str) -> None:
+        """Again while the shard changes hands. Raises Refused(UNAVAILABLE) after SETTLE_S."""
+        backoff = Backoff(self._rng)
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + SETTLE_S
+        while True:
+            try:
+                return await self._settle(topic, shard_id, name)
+            except Refused as refused:
+                passing = refused.reason in (common_pb2.ERROR_REASON_NOT_OWNER, common_pb2.ERROR_REASON_UNAVAILABLE)
+                if not passing:
+                    raise
+                if loop.time() >= deadline:
+                    raise unavailable(
+                        f"a shard's owner does not answer: what was asked for stands in the records, and the shard "
+                        f"follows by itself topic=`{topic}` shard=`{shard_id}` cause=`{refused.message}`",
+                        retry_after_ms=RETRY_AFTER_MS,
+                    ) from None
+            await asyncio.sleep(backoff.next_s())
 
     # --- subscriptions ---
 
@@ -169,18 +265,16 @@ class Admin:
         topic, name = topic_name(request.topic), checked_name("subscription", request.subscription)
         kind = _subscription_type(request.type)
         await self._topics.create_subscription(topic, name, kind, start_position_from_message(request.start))
-        # From now on every shard keeps what the subscription has not seen. Other brokers are told by their watch.
-        for shard in await self._shards_here(topic):
-            if shard is not None:
-                await shard.subscription_changed(name)
+        # On return every shard keeps what the subscription has not seen. A watch would tell the owners, but later.
+        layout = await self._topics.get(topic)
+        await _gather(self._settle_in_time(topic, shard.shard_id, name) for shard in layout.shards)
         return pb.CreateSubscriptionResponse().SerializeToString()
 
     async def list_subscriptions(self, data: bytes, _context: Context) -> bytes:
         topic = topic_name(parse(pb.ListSubscriptionsRequest, data).topic)
-        shards = await self._shards_here(topic)
+        records = await self._described(topic, await self._topics.subscriptions(topic))
         response = pb.ListSubscriptionsResponse()
-        for record in await self._topics.subscriptions(topic):
-            described = self._described(record, shards)
+        for record, described in records:
             response.subscriptions.add(
                 subscription=record.name,
                 type=described.type,
@@ -193,9 +287,7 @@ class Admin:
         request = parse(pb.DescribeSubscriptionRequest, data)
         topic, name = topic_name(request.topic), checked_name("subscription", request.subscription)
         record = await self._subscription(topic, name)
-        shards = await self._shards_here(topic)
-        described = self._described(record, shards)
-        described.oldest_age_s = await self._oldest_age_s(name, shards)
+        [(_, described)] = await self._described(topic, [record], ages=True)
         return pb.DescribeSubscriptionResponse(subscription=described).SerializeToString()
 
     async def seek_subscription(self, data: bytes, _context: Context) -> bytes:
@@ -208,27 +300,42 @@ class Admin:
         layout = await self._topics.get(topic)
         if request.shard_id and shard_of(layout, request.shard_id) is None:
             raise invalid_argument(f"the topic has no such shard topic=`{topic}` shard=`{request.shard_id}`")
+        if request.passed_on:
+            shard = await self._broker.shard(topic, request.shard_id)
+            return (await self._seek(shard, record, position, request.dry_run)).SerializeToString()
         wanted = [request.shard_id] if request.shard_id else [shard.shard_id for shard in layout.shards]
-        # All of them or none: a shard of another broker is refused before any cursor moves.
-        shards = await _gather(self._broker.shard(topic, shard_id) for shard_id in wanted)
+        # A shard that nobody serves now refuses before any cursor moves; a seek that is cut short can be asked again.
+        places = await _gather(self._place(topic, shard_id) for shard_id in wanted)
         response = pb.SeekSubscriptionResponse()
-        for shard in shards:
-            floor = await self._seek(shard, record, position, request.dry_run)
-            response.shards.append(_cursor_at(shard, floor))
+        for shard_id, place in zip(wanted, places, strict=True):
+            if isinstance(place, ServedShard):
+                moved = await self._seek(place, record, position, request.dry_run)
+            else:
+                passed_on = pb.SeekSubscriptionRequest(passed_on=True)
+                passed_on.MergeFrom(request)
+                passed_on.shard_id = shard_id
+                moved = await self._at(place, "SeekSubscription", passed_on, pb.SeekSubscriptionResponse)
+            response.MergeFrom(moved)
         return response.SerializeToString()
 
     async def delete_subscription(self, data: bytes, _context: Context) -> bytes:
         request = parse(pb.DeleteSubscriptionRequest, data)
         topic, name = topic_name(request.topic), checked_name("subscription", request.subscription)
         record = await self._subscription(topic, name)
-        shards = await self._shards_here(topic)
-        backlog = self._described(record, shards).backlog_messages
+        [(_, described)] = await self._described(topic, [record])
         if not request.dry_run:
             await self._topics.delete_subscription(topic, name)
-            for shard in shards:
-                if shard is not None:
-                    await shard.subscription_changed(name)
-        return pb.DeleteSubscriptionResponse(backlog_messages=backlog).SerializeToString()
+            layout = await self._topics.get(topic)
+            await _gather(self._settle_or_leave(topic, shard.shard_id, name) for shard in layout.shards)
+        return pb.DeleteSubscriptionResponse(backlog_messages=described.backlog_messages).SerializeToString()
+
+    async def _settle_or_leave(self, topic: str, shard_id: int, name: str) -> None:
+        """A shard whose owner does not answer now follows the record by itself: nothing is missed by that."""
+        try:
+            await self._settle(topic, shard_id, name)
+        except Refused as refused:
+            if refused.reason not in (common_pb2.ERROR_REASON_NOT_OWNER, common_pb2.ERROR_REASON_UNAVAILABLE):
+                raise
 
     async def _subscription(self, topic: str, name: str) -> SubscriptionRecord:
         await self._topics.get(topic)
@@ -237,43 +344,43 @@ class Admin:
             raise subscription_not_found(topic, name)
         return record
 
-    async def _shards_here(self, topic: str) -> list[ServedShard | None]:
-        """Each shard of the topic, None for one that another broker serves."""
-        record = await self._topics.get(topic)
-        return await _gather(self._here(topic, shard.shard_id) for shard in record.shards)
-
     async def _seek(
         self, shard: ServedShard, record: SubscriptionRecord, position: StartPosition, dry_run: bool
-    ) -> int:
+    ) -> pb.SeekSubscriptionResponse:
         floor = await shard.position(position)
         if not dry_run:
             await shard.seek(record.name, floor)
-        return floor
+        return pb.SeekSubscriptionResponse(shards=[_cursor_at(shard, floor)])
 
-    def _described(
-        self, record: SubscriptionRecord, shards: Iterable[ServedShard | None]
-    ) -> pb.SubscriptionDescription:
-        kind: metadata_pb2.SubscriptionType = record.type.value  # type: ignore[assignment]  # same numbers
-        description = pb.SubscriptionDescription(subscription=record.name, type=kind)
-        for shard in shards:
-            if shard is None:
-                description.waiting_for.append("a shard is served by another broker: ask that one")
-            else:
-                _describe_in(description, shard)
-        description.backlog_messages = sum(cursor.backlog_messages for cursor in description.shards)
-        description.backlog_bytes = sum(cursor.backlog_bytes for cursor in description.shards)
-        return description
+    async def _described(
+        self, topic: str, records: Sequence[SubscriptionRecord], *, ages: bool = False
+    ) -> list[tuple[SubscriptionRecord, pb.SubscriptionDescription]]:
+        """Each subscription in all shards of the topic."""
+        layout = await self._topics.get(topic)
+        names = [record.name for record in records]
+        shards = await _gather(
+            self._ask(pb.DescribeShardRequest(topic=topic, shard_id=shard.shard_id, subscriptions=names, ages=ages))
+            for shard in layout.shards
+        )
+        described = [(record, _description(record)) for record in records]
+        for shard, known in zip(layout.shards, shards, strict=True):
+            for number, (_, description) in enumerate(described):
+                if known is None:
+                    missing = f"shard {shard.shard_id}: nobody answers for it now, and it is not counted"
+                    description.waiting_for.append(missing)
+                else:
+                    _merge(description, known.subscriptions[number])
+        return described
 
-    async def _oldest_age_s(self, name: str, shards: Iterable[ServedShard | None]) -> float:
-        """Of the oldest message that is not acknowledged."""
-        oldest_us = []
-        for shard in shards:
-            cursor = None if shard is None else shard.log.cursors.get(name)
-            if shard is not None and cursor is not None and cursor.backlog(shard.log.end_offset):
-                first = max(cursor.next_unacked(cursor.floor), shard.log.start_offset)
-                if first < shard.log.end_offset:
-                    oldest_us.append(await shard.log.publish_time_of(first))
-        return max(0.0, (self._now_us() - min(oldest_us)) / 1e6) if oldest_us else 0.0
+    async def _oldest_age_s(self, name: str, shard: ServedShard) -> float:
+        """Of the oldest message that is not acknowledged; 0 if all are."""
+        cursor = shard.log.cursors.get(name)
+        if cursor is None or not cursor.backlog(shard.log.end_offset):
+            return 0.0
+        first = max(cursor.next_unacked(cursor.floor), shard.log.start_offset)
+        if first >= shard.log.end_offset:
+            return 0.0
+        return max(0.0, (self._now_us() - await shard.log.publish_time_of(first)) / 1e6)
 
     # --- ledgers and health ---
 
@@ -331,6 +438,21 @@ class Admin:
             unavailable_shards=findings.unavailable_shards,
             problems=problems,
         ).SerializeToString()
+
+
+def _description(record: SubscriptionRecord) -> pb.SubscriptionDescription:
+    kind: metadata_pb2.SubscriptionType = record.type.value  # type: ignore[assignment]  # same numbers
+    return pb.SubscriptionDescription(subscription=record.name, type=kind)
+
+
+def _merge(description: pb.SubscriptionDescription, known: pb.SubscriptionDescription) -> None:
+    """Adds what the owner of one more shard said."""
+    description.backlog_messages += sum(cursor.backlog_messages for cursor in known.shards)
+    description.backlog_bytes += sum(cursor.backlog_bytes for cursor in known.shards)
+    description.oldest_age_s = max(description.oldest_age_s, known.oldest_age_s)
+    description.shards.extend(known.shards)
+    description.consumers.extend(known.consumers)
+    description.waiting_for.extend(known.waiting_for)
 
 
 def _describe_in(description: pb.SubscriptionDescription, shard: ServedShard) -> None:

@@ -1,8 +1,11 @@
 """A broker: its parts put together, started and stopped in order.
 
 It keeps nothing on disk. It listens first (only then its port is known), registers its session, and serves from then
-on; before, every request is told to come again. Stopping gives up every shard, answering what was accepted, before the
-session ends, so that the next owners have nothing to recover.
+on; before, every request is told to come again. Stopping passes every shard to another broker, answering what was
+accepted, before the session ends, so that the next owners have nothing to recover.
+
+Others' shards: the watches tell of sessions that ended and of shards that were passed on; these are opened in the
+background, so many at a time. A sweep at the start and every minute finds what was missed.
 """
 
 from __future__ import annotations
@@ -26,13 +29,16 @@ from magnetar.broker.cluster_view import ClusterView
 from magnetar.broker.consume import consume
 from magnetar.broker.greeting import greet
 from magnetar.broker.layout import shard_of
+from magnetar.broker.members import Members
 from magnetar.broker.metrics import BrokerMetrics
 from magnetar.broker.ownership import Ownership
+from magnetar.broker.peers import Peers
 from magnetar.broker.produce import ProduceStream
 from magnetar.broker.refusals import RETRY_AFTER_MS, not_owner, refusal_of
 from magnetar.broker.resolve import Resolver
 from magnetar.broker.served import LogParts, ServedShards
 from magnetar.broker.shard import ServedShard
+from magnetar.broker.takeovers import Takeovers
 from magnetar.broker.topics import Topics
 from magnetar.ledger.bookie_rpc import Bookies
 from magnetar.ledger.client import LedgerClient, LedgerSettings
@@ -45,16 +51,16 @@ from magnetar.metadata.keyspace import Keyspace
 from magnetar.metadata.records import BrokerRegistration, Owner, SubscriptionRecord, TopicRecord
 from magnetar.metadata.shards import ShardNotFound
 from magnetar.metadata.store import MetadataStore
-from magnetar.node.rpc import Context, Refused, RunningServer, ServerStream, Service, serve, unavailable
+from magnetar.node.rpc import Context, Refused, Serve, Server, ServerStream, Service, serve, unavailable
 from magnetar.node.settings import BrokerSettings
 from magnetar.v1 import admin_pb2, broker_pb2, common_pb2
 
 FORGET_INTERVAL_S = 60.0
 SWEEP_INTERVAL_S = 60.0
 DOUBT_INTERVAL_S = 2.0
-SWEEP_OPENINGS_MAX = 8
-"""Shards of ended sessions opened at a time; what clients ask for is opened at once."""
 STOP_GRACE_S = 0.5
+DELETE_S = 10.0
+"""For other brokers to delete the shards that they serve of a topic that is deleted here."""
 GOING_TOPICS_MAX = 10_000
 """Topics seen being deleted that this broker remembers, to go on with what another one began."""
 
@@ -79,13 +85,15 @@ class Broker:
         registry: CollectorRegistry | None = None,
         now_us: Callable[[], int] = system_time_us,
         rng: random.Random | None = None,
+        serve: Serve = serve,
+        http_address: str = "",
     ) -> Self:
         """Serves on return. Raises ListenError, IdInUse, MetadataError."""
         broker = cls(
-            settings, store, keyspace, bookies, registry or CollectorRegistry(), now_us, rng or random.Random()
+            settings, store, keyspace, bookies, registry or CollectorRegistry(), now_us, rng or random.Random(), serve
         )
         try:
-            await broker._start()
+            await broker._start(http_address)
         except BaseException:
             await broker.stop()
             raise
@@ -100,9 +108,11 @@ class Broker:
         registry: CollectorRegistry,
         now_us: Callable[[], int],
         rng: random.Random,
+        serve: Serve,
     ) -> None:
         self.settings = settings
         self._rng = rng
+        self._serve = serve
         self.max_message_bytes = settings.max_message_bytes
         self.port = 0
         self.address = settings.advertised_address
@@ -125,24 +135,27 @@ class Broker:
         self.served = ServedShards(
             self.ownership, self.topics, parts, self.metrics, self.budget, settings.pending_bytes, self._address_of
         )
-        self._resolver = Resolver(self.topics, self.ownership, self._owner_address)
-        self._admin = Admin(self, store, keyspace, bookies, now_us)
+        self._takeovers = Takeovers(self.served.open, rng)
+        self._resolver = Resolver(self.topics, self.ownership, self._owner_address, self._broker_addresses)
+        self.peers = Peers()
+        self._members = Members(store, keyspace)
+        self._admin = Admin(self, store, keyspace, bookies, now_us, rng)
         self._openings = itertools.count(1)
         self._streams = 0
         self._going: dict[str, None] = {}
         self._sweep_wanted = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._server: RunningServer | None = None
+        self._server: Server | None = None
         self._serving = False
 
     # --- start and stop ---
 
-    async def _start(self) -> None:
+    async def _start(self, http_address: str) -> None:
         self._listen_to_changes()
-        self._server = await serve(self._services(), self.settings.listen)
+        self._server = await self._serve(self._services(), self.settings.listen)
         self.port = self._server.port
         self.address = self.address or f"{self.settings.listen.rpartition(':')[0]}:{self.port}"
-        await self.ownership.register(BrokerRegistration(self.settings.id, self.address, _version()))
+        await self.ownership.register(BrokerRegistration(self.settings.id, self.address, _version(), http_address))
         await self.view.start()
         await self.topics.start()
         self._serving = True
@@ -153,18 +166,22 @@ class Broker:
         log.info("broker serves", broker=self.settings.id, address=self.address)
 
     async def stop(self) -> None:
-        """Answers what was accepted, gives up every shard, ends the session. Call once, also after a failed start."""
+        """Answers what was accepted, passes on every shard, ends the session. Call once, also after a failed start."""
         self._serving = False
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await self._takeovers.stop()
+        await self.ownership.leave()
+        self._resolver.everything_changed()
         await self.served.close()
         if self._server is not None:
             await self._server.stop(STOP_GRACE_S)
         await self.ownership.close()
         await self.topics.close()
         await self.view.close()
+        await self.peers.close()
 
     def problems(self) -> list[str]:
         """What keeps this broker from being ready, in words; empty = it is."""
@@ -177,6 +194,7 @@ class Broker:
     def _listen_to_changes(self) -> None:
         self.metrics.watch(pending_bytes=lambda: self.budget.used_bytes, served_shards=lambda: len(self.served))
         self.view.on_owner_change(self._owners_changed)
+        self.view.on_broker_change(self._brokers_changed)
         self.topics.on_topic.append(self._topic_changed)
         self.topics.on_subscription.append(self._subscription_changed)
         self.topics.on_gap.append(self._changes_missed)
@@ -207,6 +225,7 @@ class Broker:
             node_id=self.settings.id,
             cluster=self.settings.cluster,
             max_message_bytes=self.max_message_bytes,
+            address=self.address,
         )
 
     def next_opening(self) -> int:
@@ -215,9 +234,21 @@ class Broker:
     async def delete_topic(self, topic: str) -> None:
         """Deletes a topic with all it has; again after a failure goes on where that one ended.
 
-        Raises Refused(TOPIC_NOT_FOUND), or UNAVAILABLE while another broker still deletes a shard that it serves.
+        Other brokers delete what they serve of it when they see it marked. Raises Refused(TOPIC_NOT_FOUND), or
+        UNAVAILABLE when that takes too long.
         """
-        await self._delete_marked(await self.topics.mark_deleting(topic))
+        record = await self.topics.mark_deleting(topic)
+        backoff = Backoff(self._rng)
+        deadline = asyncio.get_running_loop().time() + DELETE_S
+        while True:
+            try:
+                return await self._delete_marked(record)
+            except Refused as refused:
+                if refused.reason != common_pb2.ERROR_REASON_UNAVAILABLE:
+                    raise
+                if asyncio.get_running_loop().time() >= deadline:
+                    raise
+            await asyncio.sleep(backoff.next_s())
 
     async def _delete_marked(self, record: TopicRecord) -> None:
         for shard in record.shards:
@@ -244,7 +275,8 @@ class Broker:
             "Produce": self._streaming("produce", self._produce),
             "Consume": self._streaming("consume", self._consume),
         }
-        admin_methods = {name: self._unary(method) for name, method in admin.methods().items()}
+        methods = {**admin.methods(), **self._members.methods()}
+        admin_methods = {name: self._unary(method) for name, method in methods.items()}
         return [
             Service(broker_pb2.DESCRIPTOR.services_by_name["BrokerService"], broker_methods),
             Service(admin_pb2.DESCRIPTOR.services_by_name["AdminService"], admin_methods),
@@ -312,8 +344,18 @@ class Broker:
 
     def _owners_changed(self, shards: Iterable[int]) -> None:
         self._resolver.owners_changed(shards)
-        if any(self.view.orphaned(shard) for shard in shards):
-            self._sweep_wanted.set()
+        if self._serving:
+            self._take_over(self.ownership.to_open(shards))
+
+    def _brokers_changed(self) -> None:
+        self._resolver.everything_changed()
+        if self._serving:
+            # A shard of a session that ended before may have waited for the broker that is gone now.
+            self._take_over(self.ownership.ended())
+
+    def _take_over(self, shards: Iterable[int]) -> None:
+        # What is being opened now is among them: the claim was seen before the opening was done.
+        self._takeovers.want(s for s in shards if self.served.get(s) is None and not self.served.loading(s))
 
     def _topic_changed(self, topic: str, record: TopicRecord | None) -> None:
         self._resolver.topic_changed(topic)
@@ -351,6 +393,9 @@ class Broker:
     def _address_of(self, owner: Owner) -> str:
         living = self.view.living(owner)
         return "" if living is None else living.address
+
+    def _broker_addresses(self) -> list[str]:
+        return [broker.address for broker in self.view.brokers() if not broker.leaving]
 
     def _owner_address(self, shard_id: int) -> str:
         return self.address if self.served.get(shard_id) is not None else self.view.address(shard_id)
@@ -422,17 +467,8 @@ class Broker:
         """Takes over shards whose owner is gone, opens those a claim left behind, goes on with topics being deleted."""
         if self.ownership.session is None:
             return
-        unserved = {shard_id for shard_id in self.ownership.mine() if self.served.get(shard_id) is None}
-        slots = asyncio.Semaphore(SWEEP_OPENINGS_MAX)
-
-        async def open_one(shard_id: int) -> None:
-            async with slots:
-                with suppress(ShardNotFound):
-                    await self.served.open(shard_id)
-
-        await asyncio.gather(
-            *(self._run(partial(open_one, s), "sweep shard") for s in {*unserved, *self.ownership.ended()})
-        )
+        self._take_over([*self.ownership.mine(), *self.ownership.ended()])
+        await self._takeovers.idle()
         for topic in list(self._going):
             await self._run(partial(self._resume_deleting, topic), "delete topic")
 

@@ -15,9 +15,12 @@ from magnetar.metadata.store import Change, KeyValue, MetadataStore
 
 @dataclass(frozen=True, slots=True)
 class LiveBroker:
+    """`leaving`: it is stopping, and takes no more shards."""
+
     owner: Owner
     address: str
     version: str
+    leaving: bool = False
 
 
 class ClusterView:
@@ -28,6 +31,7 @@ class ClusterView:
         self._brokers: dict[str, LiveBroker] = {}
         self._owners: dict[int, Owner] = {}
         self._callbacks: list[Callable[[Iterable[int]], None]] = []
+        self._broker_callbacks: list[Callable[[], None]] = []
         self._followers = (
             Follower(store, keyspace.brokers_prefix(), self._brokers_listed, self._brokers_changed),
             Follower(store, keyspace.owned_prefix(), self._owned_listed, self._owned_changed),
@@ -44,12 +48,20 @@ class ClusterView:
     def on_owner_change(self, callback: Callable[[Iterable[int]], None]) -> None:
         self._callbacks.append(callback)
 
+    def on_broker_change(self, callback: Callable[[], None]) -> None:
+        """Called when a broker came, went, or registered something else."""
+        self._broker_callbacks.append(callback)
+
     def brokers(self) -> list[LiveBroker]:
         return list(self._brokers.values())
 
     def owned(self) -> Iterable[tuple[int, Owner]]:
         """Every shard with the owner its record names, living or not."""
         return list(self._owners.items())
+
+    def recorded_owner(self, shard_id: int) -> Owner | None:
+        """The owner that the shard's record names, living or not."""
+        return self._owners.get(shard_id)
 
     def owner(self, shard_id: int) -> LiveBroker | None:
         """The living owner of a shard."""
@@ -73,10 +85,20 @@ class ClusterView:
 
     def preferred(self, shard_id: int, me: LiveBroker) -> LiveBroker:
         """Who should claim a shard without an owner."""
-        brokers = {**self._brokers, me.owner.broker_id: me}
+        brokers = {**self._staying(), me.owner.broker_id: me}
         chosen = preferred_broker(shard_id, brokers)
         assert chosen is not None
         return brokers[chosen]
+
+    def successor(self, shard_id: int, broker_id: str) -> LiveBroker | None:
+        """Who should get a shard when this broker leaves; None if there is no other."""
+        brokers = self._staying()
+        brokers.pop(broker_id, None)
+        chosen = preferred_broker(shard_id, brokers)
+        return None if chosen is None else brokers[chosen]
+
+    def _staying(self) -> dict[str, LiveBroker]:
+        return {broker_id: broker for broker_id, broker in self._brokers.items() if not broker.leaving}
 
     # --- what the watches say ---
 
@@ -121,11 +143,13 @@ class ClusterView:
     def _broker(self, key: KeyValue) -> LiveBroker:
         registration = decode_broker(key.value)
         owner = Owner(self._keyspace.parse_broker(key.key), key.create_revision)
-        return LiveBroker(owner, registration.address, registration.version)
+        return LiveBroker(owner, registration.address, registration.version, registration.leaving)
 
     def _tell_owners_changed(self, brokers: Iterable[LiveBroker]) -> None:
         owners = {broker.owner for broker in brokers}
         if owners:
+            for callback in self._broker_callbacks:
+                callback()
             self._tell({shard for shard, owner in self._owners.items() if owner in owners})
 
     def _tell(self, shards: set[int]) -> None:

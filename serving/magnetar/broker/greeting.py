@@ -9,7 +9,9 @@ PROTOCOL_MIN = 1
 PROTOCOL_MAX = 1
 
 
-def greet(hello: common_pb2.Hello, *, node_id: str, cluster: str, max_message_bytes: int) -> common_pb2.HelloReply:
+def greet(
+    hello: common_pb2.Hello, *, node_id: str, cluster: str, max_message_bytes: int, address: str = ""
+) -> common_pb2.HelloReply:
     """The answer to a client's greeting: the newest protocol both know. Raises Refused(UNSUPPORTED_VERSION)."""
     low, high = hello.protocol_min, hello.protocol_max
     if not (low <= high and low <= PROTOCOL_MAX and high >= PROTOCOL_MIN):
@@ -24,4 +26,5 @@ def greet(hello: common_pb2.Hello, *, node_id: str, cluster: str, max_message_by
         cluster=cluster,
         max_message_bytes=max_message_bytes,
         max_frame_bytes=MESSAGE_BYTES_MAX,
+        address=address,
     )

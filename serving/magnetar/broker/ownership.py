@@ -5,11 +5,16 @@
    broker, by rendezvous hash, claims it, the others name that one. The hash and every watch are hints: the claim's
    transaction decides, and who loses it looks again.
 3. With a new session after a lost one, the new session is put into the records still served, at the same epoch.
+4. Who leaves says so in its registration, claims nothing more, and passes on each shard in the transaction that ends
+   its log: nobody waits for a lease then, and nothing is to be recovered.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import replace
 
 import structlog
 
@@ -19,12 +24,15 @@ from magnetar.metadata.codec import decode_broker, encode_broker
 from magnetar.metadata.keyspace import Keyspace
 from magnetar.metadata.records import BrokerRegistration, Owner, ShardRecord
 from magnetar.metadata.shards import ClaimLost, ShardMetadata
-from magnetar.metadata.store import MetadataStore
+from magnetar.metadata.store import MetadataError, MetadataStore
 from magnetar.node.registration import Registration
 from magnetar.node.rpc import unavailable
 
 CLAIM_ATTEMPTS = 8
 """How often a claim is tried again because the record changed under it."""
+
+LEAVE_S = 1.0
+"""For the store to be told that this broker leaves; without it others learn it from its redirects."""
 
 log = structlog.get_logger("magnetar.ownership")
 
@@ -54,6 +62,7 @@ class Ownership:
         self._record = BrokerRegistration(broker_id, "")
         self._registration: Registration | None = None
         self._session: Owner | None = None
+        self._leaving = False
 
     async def register(self, record: BrokerRegistration) -> None:
         """Begins a session that others see. Raises IdInUse or MetadataUnavailable."""
@@ -69,6 +78,19 @@ class Ownership:
         await registration.register()
         self._registration = registration
 
+    async def leave(self) -> None:
+        """Claims nothing from now on, and says so to the others."""
+        self._leaving = True
+        self._record = replace(self._record, leaving=True)
+        if self._registration is not None:
+            with suppress(MetadataError, TimeoutError):
+                async with asyncio.timeout(LEAVE_S):
+                    await self._registration.update(encode_broker(self._record))
+
+    def successor(self, shard_id: int) -> LiveBroker | None:
+        """Who should have the shard when this broker leaves; None if nobody else lives, or this one has no session."""
+        return None if self._session is None else self._view.successor(shard_id, self.broker_id)
+
     async def close(self) -> None:
         """Ends the session."""
         if self._registration is not None:
@@ -81,7 +103,11 @@ class Ownership:
         return self._session
 
     def require_session(self) -> Owner:
-        """Raises Refused(UNAVAILABLE) without a session: other brokers know more than this one then."""
+        """Raises Refused(UNAVAILABLE) without a session, when others know more than this one, and when it leaves."""
+        if self._leaving:
+            raise unavailable(
+                f"this broker is stopping: ask another one broker=`{self.broker_id}`", retry_after_ms=RETRY_AFTER_MS
+            )
         if self._session is None:
             raise unavailable(
                 f"this broker has lost its session in the metadata store: ask another broker broker=`{self.broker_id}`",
@@ -94,10 +120,11 @@ class Ownership:
 
         Raises Refused(NOT_OWNER) naming the broker to ask, Refused(UNAVAILABLE), ShardNotFound, MetadataUnavailable.
         """
-        for _ in range(CLAIM_ATTEMPTS):
+        for attempt in range(CLAIM_ATTEMPTS):
             session = self.require_session()
             metadata = await ShardMetadata.load(self._store, self._keyspace, shard_id)
-            await self._check_claimable(metadata.record, preferred_or_not)
+            # At first the view is believed when it says that the owner is gone: the claim itself compares that.
+            await self._check_claimable(metadata.record, preferred_or_not, ask_store=attempt > 0)
             try:
                 await metadata.claim(session)
             except ClaimLost as lost:
@@ -111,27 +138,35 @@ class Ownership:
 
     def ended(self) -> dict[int, Owner]:
         """Shards whose recorded owner lives no more, as the watches see it, and whose preferred broker is this one."""
-        session = self._session
-        if session is None:
-            return {}
-        me = self._me(session)
-        return {
-            shard_id: owner
-            for shard_id, owner in self._view.owned()
-            if owner != session
-            and self._view.living(owner) is None
-            and self._view.preferred(shard_id, me).owner == session
-        }
+        return {shard_id: owner for shard_id, owner in self._view.owned() if self._is_to_be_claimed(shard_id, owner)}
 
     def mine(self) -> Iterable[int]:
         """Shards that the records give to the present session."""
         return [shard_id for shard_id, owner in self._view.owned() if owner == self._session]
 
-    async def _check_claimable(self, record: ShardRecord, preferred_or_not: bool) -> None:
+    def to_open(self, shards: Iterable[int]) -> list[int]:
+        """Those of these shards that the records give to this session, or that it should claim from one that ended."""
+        found = []
+        for shard_id in shards:
+            owner = self._view.recorded_owner(shard_id)
+            if owner is not None and (owner == self._session or self._is_to_be_claimed(shard_id, owner)):
+                found.append(shard_id)
+        return found
+
+    def _is_to_be_claimed(self, shard_id: int, owner: Owner) -> bool:
+        session = self._session
+        return (
+            session is not None
+            and owner != session
+            and self._view.living(owner) is None
+            and self._view.preferred(shard_id, self._me(session)).owner == session
+        )
+
+    async def _check_claimable(self, record: ShardRecord, preferred_or_not: bool, *, ask_store: bool = True) -> None:
         session = self.require_session()
-        if record.owner is not None:
-            if record.owner.broker_id == self.broker_id:
-                return
+        if record.owner is not None and record.owner.broker_id == self.broker_id:
+            return
+        if record.owner is not None and (ask_store or self._view.living(record.owner) is not None):
             found = await self._store.get(self._keyspace.broker(record.owner.broker_id))
             if found is not None and found.create_revision == record.owner.session:
                 raise not_owner(record.shard_id, decode_broker(found.value).address)

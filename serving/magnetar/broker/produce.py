@@ -179,7 +179,7 @@ class ProduceStream:
         self._opened: list[broker_pb2.ProducerOpened] = []
         self._stored: list[tuple[int, int, int, int]] = []
         self._errors: list[broker_pb2.ProducerError] = []
-        self._crowded: set[ServedShard] = set()
+        self._crowded: dict[ServedShard, None] = {}
 
     async def run(self) -> None:
         hello = await self._read_frame()
@@ -286,7 +286,7 @@ class ProduceStream:
             handle.unanswered_bytes += len(data)
             shard.push(handle, header, data)
             if shard.pending.exhausted:
-                self._crowded.add(shard)
+                self._crowded[shard] = None
         elif verdict is Verdict.DUPLICATE:
             first, last = header.first_sequence, header.last
             self._broker.metrics.duplicate_batches.inc()

@@ -57,6 +57,8 @@ class Reader:
         shard.check_served()
         log = shard.log
         try:
+            # It is told where the log ends, and may stop there.
+            await shard.check_end()
             offset = await offset_of(log, start)
         except LogReleased as error:
             raise not_owner(shard.shard_id, why=str(error)) from None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import TypeVar
 
 from magnetar.broker.ownership import Ownership
@@ -19,14 +19,24 @@ KeyT = TypeVar("KeyT", bound=Hashable)
 WATCHES_MAX = 10_000
 """Layouts watched at one broker."""
 
+BROKERS_TOLD_MAX = 64
+"""Of the cluster, with each layout."""
+
 
 class Resolver:
-    """`address` gives the address of a shard's owner, empty if nobody owns it."""
+    """`address` gives the address of a shard's owner, empty if nobody owns it; `brokers` those of all brokers."""
 
-    def __init__(self, topics: Topics, ownership: Ownership, address: Callable[[int], str]) -> None:
+    def __init__(
+        self,
+        topics: Topics,
+        ownership: Ownership,
+        address: Callable[[int], str],
+        brokers: Callable[[], Sequence[str]],
+    ) -> None:
         self._topics = topics
         self._ownership = ownership
         self._address = address
+        self._brokers = brokers
         self._by_topic: defaultdict[str, set[asyncio.Event]] = defaultdict(set)
         self._by_shard: defaultdict[int, set[asyncio.Event]] = defaultdict(set)
         self._watches = 0
@@ -36,7 +46,7 @@ class Resolver:
         topic = topic_name(request.topic)
         self._ownership.require_session()
         record = await (self._topics.get_or_create(topic) if request.create else self._topics.get(topic))
-        return broker_pb2.ResolveResponse(layout=self._layout(record)).SerializeToString()
+        return broker_pb2.ResolveResponse(layout=self._layout(record), brokers=self._told()).SerializeToString()
 
     async def register_producer(self, data: bytes, _context: Context) -> bytes:
         request = parse(broker_pb2.RegisterProducerRequest, data)
@@ -57,16 +67,16 @@ class Resolver:
         self._watches += 1
         self._by_topic[topic].add(changed)
         try:
-            sent: broker_pb2.Layout | None = None
+            sent: broker_pb2.WatchLayoutResponse | None = None
             while True:
                 changed.clear()
                 self._ownership.require_session()
                 record = await self._topics.get(topic)
                 self._watch_shards(changed, shards, {shard.shard_id for shard in record.shards})
-                layout = self._layout(record)
-                if layout != sent:
-                    await stream.write(broker_pb2.WatchLayoutResponse(layout=layout).SerializeToString())
-                    sent = layout
+                response = broker_pb2.WatchLayoutResponse(layout=self._layout(record), brokers=self._told())
+                if response != sent:
+                    await stream.write(response.SerializeToString())
+                    sent = response
                 await changed.wait()
         finally:
             self._watches -= 1
@@ -87,6 +97,9 @@ class Resolver:
         for watches in self._by_topic.values():
             for changed in watches:
                 changed.set()
+
+    def _told(self) -> list[str]:
+        return sorted(self._brokers())[:BROKERS_TOLD_MAX]
 
     def _watch_shards(self, changed: asyncio.Event, watched: set[int], wanted: set[int]) -> None:
         for shard in wanted - watched:

@@ -39,8 +39,8 @@ from magnetar.metadata.store import MetadataError
 from magnetar.node.rpc import Refused, unavailable
 from magnetar.v1 import common_pb2
 
-LOADS_MAX = 32
-"""Shards opened at a time; the others wait their turn."""
+LOADS_MAX = 64
+"""Shards opened at a time, half of them because clients ask; the others wait their turn."""
 
 SHARDS_AT_ONCE = 32
 """Of all that are served, when something is done with each."""
@@ -89,7 +89,7 @@ class ServedShards:
         self._shard_pending_bytes_max = max(1, pending_bytes_max // SHARD_SHARE)
         self._address_of = address_of
         self._served: dict[int, ServedShard] = {}
-        self._by_topic: dict[str, set[ServedShard]] = {}
+        self._by_topic: dict[str, dict[ServedShard, None]] = {}
         self._loads: dict[int, asyncio.Task[ServedShard]] = {}
         self._deletions: dict[int, asyncio.Task[None]] = {}
         self._load_slots = asyncio.Semaphore(LOADS_MAX)
@@ -109,7 +109,7 @@ class ServedShards:
 
     def _add(self, shard: ServedShard) -> None:
         self._served[shard.shard_id] = shard
-        self._by_topic.setdefault(shard.topic, set()).add(shard)
+        self._by_topic.setdefault(shard.topic, {})[shard] = None
 
     def _remove(self, shard: ServedShard) -> bool:
         """False if it was not there any more."""
@@ -117,13 +117,14 @@ class ServedShards:
             return False
         del self._served[shard.shard_id]
         others = self._by_topic[shard.topic]
-        others.discard(shard)
+        others.pop(shard, None)
         if not others:
             del self._by_topic[shard.topic]
         return True
 
     def loading(self, shard_id: int) -> bool:
-        return shard_id in self._loads
+        """It is being opened, or deleted."""
+        return shard_id in self._loads or shard_id in self._deletions
 
     async def open(self, shard_id: int) -> ServedShard:
         """The shard, taken over if need be.
@@ -156,8 +157,13 @@ class ServedShards:
     async def _load(self, shard_id: int) -> ServedShard:
         async with self._load_slots:
             metadata = await self._ownership.claim(shard_id)
-            # A topic that is being deleted is not served any more.
-            await self._topics.get(metadata.record.topic)
+            try:
+                await self._topics.get(metadata.record.topic)
+            except Refused:
+                # A topic that is being deleted is not served any more, and nobody else can delete this shard now.
+                if await self._topics.marked(metadata.record.topic) is not None:
+                    await delete_shard(metadata)
+                raise
             try:
                 return await self._open(metadata)
             except (LogError, LedgerError, DamagedProducerTable) as error:
@@ -186,6 +192,7 @@ class ServedShards:
                 self._budget,
                 self._shard_pending_bytes_max,
                 parts.now_us,
+                lambda: self._ownership.session is not None,
             )
             await shard.adopt()
             session = self._ownership.session
@@ -225,6 +232,8 @@ class ServedShards:
         async def one(shard: ServedShard) -> None:
             try:
                 await shard.log.trim()
+            except LogReleased:
+                return  # Whoever has it now trims it.
             except LogError as error:
                 self._metrics.trim_failures.inc()
                 log.warning("trimming failed", shard=shard.shard_id, problem=str(error))
@@ -253,7 +262,7 @@ class ServedShards:
         await self._for_each(one)
 
     async def close(self) -> None:
-        """Gives up every shard: what was accepted is stored and answered first."""
+        """Passes on every shard: what was accepted is stored and answered first."""
         self._stopping = True
         for deletion in self._deletions.values():
             deletion.cancel()  # Whoever goes on with it begins where this one stopped.
@@ -266,9 +275,11 @@ class ServedShards:
             await asyncio.gather(*stuck, return_exceptions=True)
 
         async def one(shard: ServedShard) -> None:
+            successor = self._ownership.successor(shard.shard_id)
+            owner, address = (None, "") if successor is None else (successor.owner, successor.address)
             try:
                 async with asyncio.timeout(CLOSE_S):
-                    await shard.close()
+                    await shard.close(owner, address)
             except (*CLOSE_ERRORS, TimeoutError) as error:
                 log.warning("shard was not closed", shard=shard.shard_id, problem=str(error))
                 shard.log.abandon()

@@ -16,18 +16,20 @@ from magnetar.broker.budget import ByteBudget
 from magnetar.broker.dedup import PersistedBatch, ProducerTable, StaleOpening, StoredBatch
 from magnetar.broker.metrics import BrokerMetrics
 from magnetar.broker.producer_table import decode_states, encode_states
-from magnetar.broker.refusals import not_owner, subscription_not_found
+from magnetar.broker.refusals import RETRY_AFTER_MS, not_owner, subscription_not_found
 from magnetar.broker.subscription import Subscription
 from magnetar.broker.topics import Topics
+from magnetar.ledger.client import Standing
 from magnetar.managed_log.log import ManagedLog, PendingBatch
 from magnetar.metadata.records import (
     Anchor,
     AtOffset,
+    Owner,
     StartPosition,
     SubscriptionRecord,
     SubscriptionType,
 )
-from magnetar.node.rpc import Refused
+from magnetar.node.rpc import Refused, unavailable
 from magnetar.v1 import common_pb2
 from magnetar.wire.batch import BatchHeader, parse_header
 
@@ -80,6 +82,7 @@ class ServedShard:
         budget: ByteBudget,
         pending_bytes_max: int,
         now_us: Callable[[], int],
+        has_session: Callable[[], bool] = lambda: True,
     ) -> None:
         record = shard_log.record
         self.log = shard_log
@@ -97,10 +100,11 @@ class ServedShard:
         self._metrics = metrics
         self._budget = budget
         self._now_us = now_us
+        self._has_session = has_session
         self._closing = False
         self._inherited = set(shard_log.cursors)
         self._reunited_at = asyncio.get_running_loop().time() + REUNION_S
-        self._handles: set[ProducerPort] = set()
+        self._handles: dict[ProducerPort, None] = {}
         self._openings: dict[int, ProducerPort] = {}
         # Held while a record is read and its cursor made: else a deletion in between leaves a cursor of no
         # subscription, and a creation is taken for one.
@@ -121,7 +125,7 @@ class ServedShard:
         except StaleOpening as stale:
             raise fenced(str(stale)) if stale.fenced else superseded() from None
         waiting = self._openings.pop(opened.superseded, None)
-        self._handles.add(producer)
+        self._handles[producer] = None
         self._budget.join()
         if waiting is not None:
             waiting.end(fenced() if waiting.epoch < producer.epoch else superseded())
@@ -134,7 +138,7 @@ class ServedShard:
         """What is in flight is stored all the same; nobody is told."""
         if producer not in self._handles:
             return
-        self._handles.discard(producer)
+        del self._handles[producer]
         self._budget.leave()
         self._openings.pop(producer.opening, None)
         self.producers.close(producer.producer_id, producer.opening)
@@ -214,11 +218,25 @@ class ServedShard:
         if start is Anchor.EARLIEST:
             return self.log.start_offset
         if start is Anchor.LATEST:
+            await self.check_end()
             return self.log.end_offset
         if isinstance(start, AtOffset):
             return min(max(start.offset, self.log.start_offset), self.log.end_offset)
         assert not isinstance(start, Anchor)
         return await self.log.offset_at(start.time_us)
+
+    async def check_end(self) -> None:
+        """To be called before the end of the log is told to somebody as the latest.
+
+        A broker without a session may have been replaced; its bookies know. Raises Refused(UNAVAILABLE) if they do not
+        say that nobody had taken over.
+        """
+        if not self._has_session() and await self.log.standing() is not Standing.MINE:
+            raise unavailable(
+                f"this broker has lost its session, and cannot tell where the log ends: ask again, or another broker "
+                f"shard=`{self.shard_id}`",
+                retry_after_ms=RETRY_AFTER_MS,
+            )
 
     async def seek(self, name: str, floor: int) -> None:
         """Moves the subscription here, consumers or none; durable on return. Raises Refused(SUBSCRIPTION_NOT_FOUND)."""
@@ -269,15 +287,19 @@ class ServedShard:
         """What to tell those who want something of a released shard."""
         return not_owner(self.shard_id, self.owner, self.release_reason)
 
-    async def close(self) -> None:
-        """Stops accepting, waits until what was accepted is stored and answered, closes the log, gives the shard up."""
+    async def close(self, successor: Owner | None = None, address: str = "") -> None:
+        """Stops accepting, waits until what was accepted is stored and answered, closes the log, gives the shard up.
+
+        Everybody is sent to the successor's address, and the record names it.
+        """
         self.release_reason = "the broker is stopping"
+        self.owner = address
         refused = self.refusal()
         for handle in list(self._handles):
             handle.fail(refused)
         self._closing = True
-        await self.log.close()
-        self.release(self.release_reason)
+        await self.log.close(successor)
+        self.release(self.release_reason, address)
 
     def release(self, reason: str, owner: str = "") -> None:
         """Tells everybody who uses the shard that it is no longer served here. What is in flight is unknown to them."""
@@ -287,7 +309,7 @@ class ServedShard:
         self.owner = owner
         self.released.set()
         refused = self.refusal()
-        handles, self._handles = self._handles, set()
+        handles, self._handles = self._handles, {}
         self._openings.clear()
         self._budget.give(self.pending.used_bytes)
         self.pending.give(self.pending.used_bytes)

@@ -69,6 +69,11 @@ class CursorLedger:
 
     # --- what others ask ---
 
+    @property
+    def handle(self) -> WriteHandle | None:
+        """The writer of the open ledger; None once it was lost, until the next one stands in its place."""
+        return None if self._broken else self._handle
+
     def changed(self) -> asyncio.Future[None]:
         """Something was queued in the table: completes when it is durable. Shared by the group; need not be awaited.
 

@@ -12,9 +12,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from types import MappingProxyType
 
 from magnetar.ledger.client import LedgerClient, Standing
+from magnetar.ledger.write_handle import WriteHandle
 from magnetar.managed_log.appender import AppendedEntry, Appender, PendingBatch
 from magnetar.managed_log.cache import ReadCache, StoredEntry
 from magnetar.managed_log.chain import Chain
@@ -37,7 +39,7 @@ from magnetar.managed_log.takeover import TakenOver, take_over
 from magnetar.managed_log.trimming import Trimmer
 from magnetar.metadata.ids import IdBlocks
 from magnetar.metadata.records import LedgerRecord, LedgerState, Owner, Segment, ShardRecord, SubscriptionType
-from magnetar.metadata.shards import OutcomeUnknown, OwnershipLost, ShardChange, ShardMetadata
+from magnetar.metadata.shards import OutcomeUnknown, OwnershipLost, SessionEnded, ShardChange, ShardMetadata
 from magnetar.metadata.store import MetadataUnavailable
 from magnetar.wire.entry import EntryBatch
 
@@ -63,6 +65,9 @@ __all__ = [
 
 
 CLOSED = Released(None, "the log was closed")
+
+STANDING_S = 2.0
+"""For bookies to say whether a ledger was fenced."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -403,27 +408,28 @@ class ManagedLog:
 
     # --- the end ---
 
-    async def close(self) -> None:
+    async def close(self, successor: Owner | None = None) -> None:
         """Releases the shard cleanly: everything appended and acknowledged is durable, all ledgers are closed.
 
-        Waits as long as that takes; cancelled, it abandons the log. Raises LogReleased if the shard is lost before.
+        The record then names the successor, if its session still lives; else nobody. Waits as long as that takes;
+        cancelled, it abandons the log. Raises LogReleased if the shard is lost before.
         """
         self._shard.check_served()
         try:
-            await self._close()
+            await self._close(successor)
         finally:
             self._shard.abandon(CLOSED)
 
-    async def _close(self) -> None:
+    async def _close(self, successor: Owner | None) -> None:
         closed = await self._appender.finish()
         end = self._appender.segment_end(closed.length) if closed is not None else None
         self._closing = True
         inline, closed_cursors = await self._cursors.finish()
 
-        def build(record: ShardRecord) -> ShardChange:
+        def build(owner: Owner | None, record: ShardRecord) -> ShardChange:
             put = closed_cursors
             gone = self._shard.linked(record.next_ledger) + self._shard.linked(record.next_cursor)
-            released = replace(record, owner=None, next_ledger=0, next_cursor=0)
+            released = replace(record, owner=owner, next_ledger=0, next_cursor=0)
             if end is not None and closed is not None:
                 released = end.close(released)
                 if end.has_messages(record):
@@ -435,7 +441,10 @@ class ManagedLog:
                 released = replace(released, cursor_ledger=0, inline_cursors=inline)
             return ShardChange(released, put_ledgers=put, delete_ledgers=gone)
 
-        await self._shard.give_up(build, CLOSED)
+        try:
+            await self._shard.give_up(partial(build, successor), CLOSED)
+        except SessionEnded:
+            await self._shard.give_up(partial(build, None), CLOSED)
 
     def abandon(self, reason: str = "abandoned") -> None:
         """Stops at once, as a crash would: nothing more is written, and `on_released` is not called."""
@@ -460,9 +469,14 @@ class ManagedLog:
         await self._shard.renew_session(session)
 
     async def standing(self) -> Standing:
-        """What bookies say about this owner: LOST if the ledger that is appended to was fenced; UNKNOWN without one."""
-        handle = self._appender.handle
-        return await handle.standing() if handle is not None else Standing.UNKNOWN
+        """What bookies say about this owner, asked for each ledger that is open: LOST if one of them was fenced.
+
+        MINE: nobody had taken the shard over when they were asked. UNKNOWN also if nothing is open: then whoever took
+        over had nothing to fence.
+        """
+        handles = [handle for handle in (self._appender.handle, self._cursors.handle) if handle is not None]
+        found = await asyncio.gather(*map(_standing, handles))
+        return next((s for s in (Standing.LOST, Standing.MINE) if s in found), Standing.UNKNOWN)
 
     def _stopped(self, released: Released) -> None:
         self._cache.forget(self.shard_id)
@@ -472,6 +486,15 @@ class ManagedLog:
 
     def _record_changed(self, record: ShardRecord) -> None:
         self._chain.update(self._appender.view(record))
+
+
+async def _standing(handle: WriteHandle) -> Standing:
+    """A bookie that hangs does not hold up who asks."""
+    try:
+        async with asyncio.timeout(STANDING_S):
+            return await handle.standing()
+    except TimeoutError:
+        return Standing.UNKNOWN
 
 
 def _first_bytes(entries: list[StoredEntry], max_bytes: int) -> list[StoredEntry]:

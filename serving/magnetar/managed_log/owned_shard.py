@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any, NoReturn, TypeVar
-from weakref import WeakSet
+from weakref import WeakValueDictionary
 
 import structlog
 
@@ -25,7 +25,7 @@ from magnetar.managed_log.settings import LogSettings
 from magnetar.metadata.ids import IdBlocks
 from magnetar.metadata.keyspace import COUNTER_LEDGER
 from magnetar.metadata.records import LedgerPurpose, LedgerRecord, LedgerState, Owner, ShardRecord
-from magnetar.metadata.shards import OwnershipLost, ShardChange, ShardMetadata
+from magnetar.metadata.shards import OwnershipLost, SessionEnded, ShardChange, ShardMetadata
 from magnetar.metadata.store import MetadataUnavailable
 
 log = structlog.get_logger(__name__)
@@ -74,9 +74,10 @@ class OwnedShard:
         self._on_released = on_released
         self._given_up: Released | None = None
         self._silent = False
-        self._silence_watchers: set[Callable[[], None]] = set()
+        self._silence_watchers: dict[Callable[[], None], None] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._writers: WeakSet[WriteHandle] = WeakSet()
+        self._writers: WeakValueDictionary[int, WriteHandle] = WeakValueDictionary()
+        self._writers_made = 0
 
     @property
     def shard_id(self) -> int:
@@ -119,13 +120,20 @@ class OwnedShard:
                 raise
 
     async def give_up(self, build: Build, released: Released) -> None:
-        """The last change: the owner goes with it. Changes that wait behind it are refused. Raises like `change`."""
+        """The last change: the owner goes with it. Changes that wait behind it are refused.
+
+        Raises like `change`, and SessionEnded if the record was to name a session that has ended: nothing is changed.
+        """
 
         def last(record: ShardRecord) -> ShardChange | None:
             self._given_up = released
             return build(record)
 
-        await self.change(last)
+        try:
+            await self.change(last)
+        except SessionEnded:
+            self._given_up = None
+            raise
 
     async def _change(self, build: Build) -> bool:
         changed = False
@@ -156,7 +164,7 @@ class OwnedShard:
 
     def _store_is_silent(self) -> None:
         self._silent = True
-        for writer in list(self._writers):
+        for writer in list(self._writers.values()):
             writer.hold_changes(True)
         for watcher in list(self._silence_watchers):
             watcher()
@@ -164,7 +172,7 @@ class OwnedShard:
     def _store_answered(self) -> None:
         if self._silent:
             self._silent = False
-            for writer in list(self._writers):
+            for writer in list(self._writers.values()):
                 writer.hold_changes(False)
 
     @contextmanager
@@ -174,11 +182,11 @@ class OwnedShard:
             return
         if self._silent:
             watcher()
-        self._silence_watchers.add(watcher)
+        self._silence_watchers[watcher] = None
         try:
             yield
         finally:
-            self._silence_watchers.discard(watcher)
+            self._silence_watchers.pop(watcher, None)
 
     async def renew_session(self, session: Owner) -> None:
         """The broker registered again: its new session owns the shard, in the same epoch. Raises LogReleased."""
@@ -221,7 +229,8 @@ class OwnedShard:
             on_lost=on_lost,
             on_wants_roll=on_wants_roll,
         )
-        self._writers.add(handle)
+        self._writers[self._writers_made] = handle
+        self._writers_made += 1
         return handle
 
     async def _commit_ensemble(self, old: LedgerRecord, new: LedgerRecord) -> CommitOutcome:
@@ -310,7 +319,7 @@ class OwnedShard:
 
     def _end(self, released: Released) -> None:
         self.released = released
-        for writer in list(self._writers):
+        for writer in list(self._writers.values()):
             writer.abandon()
         for stop in self.on_lost:
             stop(released)
