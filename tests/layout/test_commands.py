@@ -17,8 +17,8 @@ from magnetar.cli.verbs import app, run_command_line
 
 README = (Path(__file__).resolve().parents[2] / "README.md").read_text()
 MUTATING = {"create", "delete", "seek", "produce", "consume", "publish"}
-RUNS_A_ROLE = {"standalone"}
-"""It has no cluster to talk to."""
+RUNS_A_ROLE = {"standalone", "metadata", "bookie", "broker"}
+"""They are the cluster, and talk to none."""
 
 
 def leaves(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -40,7 +40,8 @@ def options(path: tuple[str, ...]) -> set[str]:
 
 def test_the_verbs_are_the_documented_ones() -> None:
     assert {" ".join(path) for path in COMMANDS} == {
-        "standalone", "produce", "consume", "bench publish", "cluster health", "ledgers list", "ledgers describe",
+        "standalone", "metadata", "bookie", "broker", "brokers list", "bookies list",
+        "produce", "consume", "bench publish", "cluster health", "ledgers list", "ledgers describe",
         "topics create", "topics list", "topics describe", "topics delete",
         "subscriptions list", "subscriptions describe", "subscriptions seek", "subscriptions delete",
     }  # fmt: skip
@@ -99,6 +100,18 @@ def test_every_verb_speaks_json_and_those_of_a_cluster_take_its_address(path: tu
         (["subscriptions", "seek", "t", "s", "--to", "x"], "a message id such as 3:1200"),
         (["bench", "publish", "--local", "3"], "--local takes BOOKIES,BROKERS"),
         (["standalone", "--bookies", "10"], "'--bookies'"),
+        (["standalone", "--data-dir", ""], "'--data-dir': names no directory"),
+        (["bench", "publish", "--data-dir", ""], "'--data-dir': names no directory"),
+        (["bench", "publish", "--local", "3,10"], "1 to 9 brokers"),
+        (["topics", "create", "t", "--shards", "65"], "'--shards': must be at most 64"),
+        (["topics", "create", "t", "--shards", "many"], "'--shards': must be a whole number"),
+        (["topics", "list", "--timeout", "soon"], "'--timeout': must be a number"),
+        (["consume", "t", "--subscription", "s", "--type", "x"], "'--type': 'x' is not one of"),
+        (["broker"], "id is required: give it with --set id="),
+        (["broker", "--workers", "0"], "'--workers': must be at least 1"),
+        (["broker", "--set", "id"], "--set takes key=value"),
+        (["bookie", "--set", "id=b", "--set", "data_dri=/x"], "did you mean data_dir?"),
+        (["metadata", "--config", "/no/such/file"], "no such file or directory file=`/no/such/file`"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
