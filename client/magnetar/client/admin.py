@@ -213,12 +213,18 @@ class _Calls:
         self._brokers = brokers
         self._lifetime = lifetime
 
-    async def _call(self, method: str, request: ProtobufMessage, response: type[ResponseT]) -> ResponseT:
+    async def _call(
+        self, method: str, request: ProtobufMessage, response: type[ResponseT], *, several: bool = False
+    ) -> ResponseT:
         self._lifetime.check()
-        answer = await self._brokers().call(ADMIN_SERVICE + method, request.SerializeToString())
+        answer = await self._brokers().call(ADMIN_SERVICE + method, request.SerializeToString(), several=several)
         parsed = response()
         parsed.ParseFromString(answer)
         return parsed
+
+    async def _ask(self, method: str, request: ProtobufMessage, response: type[ResponseT]) -> ResponseT:
+        """A call that changes nothing: if one broker is silent, another one is asked beside it."""
+        return await self._call(method, request, response, several=True)
 
 
 class Topics(_Calls):
@@ -241,7 +247,7 @@ class Topics(_Calls):
         more = True
         while more:
             request = admin_pb2.ListTopicsRequest(prefix=prefix, after=topics[-1] if topics else "", limit=PAGE_SIZE)
-            page = await self._call("ListTopics", request, admin_pb2.ListTopicsResponse)
+            page = await self._ask("ListTopics", request, admin_pb2.ListTopicsResponse)
             topics += page.topics
             more = page.more and bool(page.topics)
         return topics
@@ -249,7 +255,7 @@ class Topics(_Calls):
     async def describe(self, topic: str) -> TopicDescription:
         """The topic's shards and subscriptions. Raises TopicNotFound."""
         request = admin_pb2.DescribeTopicRequest(topic=full_topic(topic))
-        response = await self._call("DescribeTopic", request, admin_pb2.DescribeTopicResponse)
+        response = await self._ask("DescribeTopic", request, admin_pb2.DescribeTopicResponse)
         return _topic(response.topic)
 
     async def delete(self, topic: str, *, dry_run: bool = False) -> TopicDeletion:
@@ -283,7 +289,7 @@ class Subscriptions(_Calls):
     async def list(self, topic: str) -> list[SubscriptionSummary]:
         """The topic's subscriptions."""
         request = admin_pb2.ListSubscriptionsRequest(topic=full_topic(topic))
-        response = await self._call("ListSubscriptions", request, admin_pb2.ListSubscriptionsResponse)
+        response = await self._ask("ListSubscriptions", request, admin_pb2.ListSubscriptionsResponse)
         return [
             SubscriptionSummary(s.subscription, _type(s.type), s.backlog_messages, s.consumers)
             for s in response.subscriptions
@@ -294,7 +300,7 @@ class Subscriptions(_Calls):
         request = admin_pb2.DescribeSubscriptionRequest(
             topic=full_topic(topic), subscription=checked_name("subscription", subscription)
         )
-        response = await self._call("DescribeSubscription", request, admin_pb2.DescribeSubscriptionResponse)
+        response = await self._ask("DescribeSubscription", request, admin_pb2.DescribeSubscriptionResponse)
         return _subscription(response.subscription)
 
     async def seek(
@@ -332,7 +338,7 @@ class Ledgers(_Calls):
                 after=ledgers[-1].ledger if ledgers else 0,
                 limit=PAGE_SIZE,
             )
-            page = await self._call("ListLedgers", request, admin_pb2.AdminServiceListLedgersResponse)
+            page = await self._ask("ListLedgers", request, admin_pb2.AdminServiceListLedgersResponse)
             ledgers += [_ledger(ledger) for ledger in page.ledgers]
             more = page.more and bool(page.ledgers)
         return ledgers
@@ -342,7 +348,7 @@ class Ledgers(_Calls):
         if not 0 < ledger < 1 << 64:
             raise InvalidArgument(f"a ledger id is a positive number: ledger=`{ledger}`")
         request = admin_pb2.DescribeLedgerRequest(ledger_id=ledger)
-        response = await self._call("DescribeLedger", request, admin_pb2.DescribeLedgerResponse)
+        response = await self._ask("DescribeLedger", request, admin_pb2.DescribeLedgerResponse)
         return _ledger(response.ledger)
 
 
@@ -351,7 +357,7 @@ class BrokerServers(_Calls):
 
     async def list(self) -> list[BrokerDescription]:
         """Those that have a session, by id."""
-        response = await self._call("ListBrokers", admin_pb2.ListBrokersRequest(), admin_pb2.ListBrokersResponse)
+        response = await self._ask("ListBrokers", admin_pb2.ListBrokersRequest(), admin_pb2.ListBrokersResponse)
         return [
             BrokerDescription(b.broker_id, b.address, b.shards, b.http_address, b.version) for b in response.brokers
         ]
@@ -362,7 +368,7 @@ class BookieServers(_Calls):
 
     async def list(self) -> list[BookieDescription]:
         """All that ever stored something or have a session, by id."""
-        response = await self._call("ListBookies", admin_pb2.ListBookiesRequest(), admin_pb2.ListBookiesResponse)
+        response = await self._ask("ListBookies", admin_pb2.ListBookiesRequest(), admin_pb2.ListBookiesResponse)
         return [_bookie(bookie) for bookie in response.bookies]
 
 
@@ -371,7 +377,7 @@ class Cluster(_Calls):
 
     async def health(self) -> ClusterHealth:
         """Counted from the records of all ledgers and shards."""
-        response = await self._call("ClusterHealth", admin_pb2.ClusterHealthRequest(), admin_pb2.ClusterHealthResponse)
+        response = await self._ask("ClusterHealth", admin_pb2.ClusterHealthRequest(), admin_pb2.ClusterHealthResponse)
         return ClusterHealth(
             response.healthy,
             response.brokers,

@@ -24,7 +24,7 @@ from magnetar.client.errors import ClusterUnavailable, InvalidArgument, Magnetar
 from magnetar.client.layouts import ShardPlace
 from magnetar.client.links import Cluster, ShardLink
 from magnetar.client.message import MessageBatch
-from magnetar.client.refusal import Refused, unavailable
+from magnetar.client.refusal import INVALID_ARGUMENT, Refused, unavailable
 from magnetar.v1 import broker_pb2, metadata_pb2
 from magnetar.wire import selection
 from magnetar.wire.batch import BatchHeader, MalformedBatch, parse_header
@@ -273,6 +273,12 @@ class ReaderFeed(Feed):
             self._next = opened.next_offset
             if self._consumer.stop_at_end:
                 self._stop = opened.end_offset
+
+    def ended(self, refused: Refused, sequence: int = -1) -> None:
+        if self._next is not None and refused.reason == INVALID_ARGUMENT:
+            # Its place was good before: a log that ends below it is of an owner that was replaced and does not know it.
+            refused = unavailable(f"another broker has the shard by now: {refused.message}")
+        super().ended(refused, sequence)
 
     def _overtaken(self, first_offset: int) -> None:
         """Nobody can seek a reader: a higher epoch is just the broker's new count."""

@@ -34,6 +34,8 @@ WATCHES_MAX = 100
 goes wrong."""
 
 WATCH_RETRY_S_MAX = 1.0
+WATCH_STEADY_S = 1.0
+"""A watch that held for so long has settled: when it ends, the next one begins at once."""
 
 
 log = logging.getLogger("magnetar.client")
@@ -196,11 +198,15 @@ class Layouts:
 
     async def refresh(self, topic: str) -> Layout:
         """The layout now, in one attempt; everyone who listens to the topic is told. Raises Refused."""
+        return await asyncio.shield(self.ask(topic))
+
+    def ask(self, topic: str) -> asyncio.Task[Layout]:
+        """As `refresh`, in the background; a failure is nobody's."""
         task = self._refreshing.get(topic)
         if task is None:
             task = self._refreshing[topic] = asyncio.create_task(self._refresh(topic), name=f"resolve {topic}")
             task.add_done_callback(lambda done: self._refreshed(topic, done))
-        return await asyncio.shield(task)
+        return task
 
     def listen(self, topic: str, listener: Callable[[Layout], None]) -> Callable[[], None]:
         """Tell of each layout of the topic that comes. Returns what ends it."""
@@ -253,19 +259,23 @@ class Layouts:
 
     async def _watch(self, topic: str) -> None:
         """Until nobody listens: at one broker after the other, as long as each tells."""
+        loop = asyncio.get_running_loop()
         delays = Delays(random.random, max_s=WATCH_RETRY_S_MAX)
         watch = _Watch(self._brokers, topic)
         try:
             while self._can_watch:
+                began = loop.time()
                 try:
                     async for answer in watch.answers():
-                        delays.reset()
                         self._tell(topic, self._learn(answer))
                 except Refused as refused:
                     if refused.reason == UNSUPPORTED:
                         self._can_watch = False
+                if loop.time() - began >= WATCH_STEADY_S:
+                    delays.reset()
+                # Two brokers that each take the other for a bystander would send the client to and fro without a pause.
+                await asyncio.sleep(delays.next_s(at_once=True))
                 if watch.exhausted:
-                    await asyncio.sleep(delays.next_s())
                     watch.start_over()
         except Exception:
             log.exception("watching a layout failed: topic=`%s`", topic)

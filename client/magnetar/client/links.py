@@ -31,6 +31,9 @@ from magnetar.client.refusal import NOT_OWNER, OUT_OF_ORDER, WRONG_SHARD, Refuse
 HINT_GRACE_S = 0.3
 """From news of another owner until an open handle is given up for it."""
 
+SILENCE_S = 1.0
+"""While something is waited for so long, the layout is asked for, as often."""
+
 log = logging.getLogger("magnetar.client")
 
 
@@ -241,12 +244,15 @@ class ShardLink(ABC, Generic[StreamT]):
         """Something is waited for from now on, or still."""
         if self._timer is None and not self._stopped:
             self._moved_at = self._loop.time()
-            self._timer = self._loop.call_later(self._cluster.timeout_s, self._look)
+            self._look_in(self._cluster.timeout_s)
 
     def _moved(self) -> None:
         """What is waited for came nearer."""
         self._moved_at = self._loop.time()
         self._delays.reset()
+
+    def _look_in(self, remaining_s: float) -> None:
+        self._timer = self._loop.call_later(min(remaining_s, SILENCE_S), self._look)
 
     def _look(self) -> None:
         self._timer = None
@@ -257,5 +263,8 @@ class ShardLink(ABC, Generic[StreamT]):
         if remaining_s <= 0.0:
             self._timed_out(self._refused)
             self._moved_at, remaining_s = now, self._cluster.timeout_s
+        elif now - self._moved_at >= SILENCE_S:
+            # A broker that stands still closes nothing: others know whether the shard has a new owner.
+            self._cluster.layouts.ask(self.topic)
         if self._waiting() and not self._stopped:
-            self._timer = self._loop.call_later(remaining_s, self._look)
+            self._look_in(remaining_s)

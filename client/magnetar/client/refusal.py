@@ -20,6 +20,7 @@ from magnetar.client.errors import (
 )
 from magnetar.v1 import common_pb2
 
+INVALID_ARGUMENT = common_pb2.ERROR_REASON_INVALID_ARGUMENT
 NOT_OWNER = common_pb2.ERROR_REASON_NOT_OWNER
 WRONG_SHARD = common_pb2.ERROR_REASON_WRONG_SHARD
 OUT_OF_ORDER = common_pb2.ERROR_REASON_OUT_OF_ORDER

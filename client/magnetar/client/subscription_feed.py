@@ -223,7 +223,12 @@ class SubscriptionFeed(Feed):
 
     def _finished(self, result: broker_pb2.AckResult) -> None:
         if self._finish is not None and self._finish_id == result.request_id:
-            self._finish.end(Refused.of(result.error).public() if result.HasField("error") else None)
+            refused = Refused.of(result.error) if result.HasField("error") else None
+            if refused is not None and not refused.final:
+                # What is not known to be durable is sent to the next owner, and then this is asked for again.
+                self._cut(refused)
+            else:
+                self._finish.end(None if refused is None else refused.public())
 
     def _close(self, stream: ConsumeStream) -> None:
         if self._finish_id:

@@ -1,0 +1,74 @@
+"""A bookie on a small disk of its own that fills up: read-only, and back by itself when there is room. Needs root."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from cluster.harness import Cluster, until
+from cluster.load import Judge, Load
+
+MIB = 1 << 20
+DISK_BYTES = 512 * MIB
+LEFT_BYTES = 2 * MIB
+"""Less than what is written until the bookie looks at its disk again."""
+
+SETTINGS = {"bookie": {"memory_bytes": 32 * MIB}, "broker": {"segment_bytes": 4 * MIB}}
+SMALL = "bookie0"
+GOES_ON_S = 2.0
+
+
+@pytest.fixture(scope="module")
+def disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    disk = tmp_path_factory.mktemp("disk")
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(disk)], check=True)
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory, disk: Path) -> Iterator[Cluster]:
+    folder = tmp_path_factory.mktemp("cluster")
+    cluster = Cluster(folder, settings=SETTINGS, folders={SMALL: disk / SMALL})
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.close()
+
+
+@contextmanager
+def filled(disk: Path, left_bytes: int) -> Iterator[None]:
+    """Something else takes the room, but for so many bytes."""
+    ballast = disk / "ballast"
+    status = os.statvfs(disk)
+    with ballast.open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, status.f_bavail * status.f_frsize - left_bytes)
+    try:
+        yield
+    finally:
+        ballast.unlink()
+
+
+@pytest.mark.parametrize("left_bytes", [DISK_BYTES // 12, LEFT_BYTES], ids=["by-the-load", "no-space-left"])
+def test_a_bookie_whose_disk_is_filled_is_read_only_and_comes_back_by_itself(
+    cluster: Cluster, disk: Path, load: Load, judge: Judge, left_bytes: int
+) -> None:
+    load.run(2.0)
+    with load.fault("full disk", redelivers=False):
+        with filled(disk, left_bytes):
+            begin, _ = load.run(0.0)
+            until("it is read-only", lambda: cluster.metric(SMALL, "magnetar_bookie_read_only") == 1.0)
+            _, end = load.run(4.0)
+        until("it is writable again", lambda: cluster.metric(SMALL, "magnetar_bookie_read_only") == 0.0)
+        added = cluster.metric(SMALL, "magnetar_bookie_added_entries_total")
+        until("it is written to", lambda: cluster.metric(SMALL, "magnetar_bookie_added_entries_total") > added)
+    assert cluster.processes[SMALL].starts == 1
+    judge(load)
+    assert load.history.longest_pause(begin, end) < GOES_ON_S
