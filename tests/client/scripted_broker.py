@@ -128,6 +128,10 @@ class ScriptedCluster:
         self.on_open: Callable[[Shard], common_pb2.Error | None] = lambda shard: None
         self.on_resolve: Callable[[str], common_pb2.Error | None] = lambda topic: None
         self.on_ack: Callable[[], Fate] = lambda: Fate.STORE
+        self.on_reader: Callable[[], common_pb2.Error | None] = lambda: None
+        """Why a reader is not opened."""
+        self.on_close: Callable[[], common_pb2.Error | None] = lambda: None
+        """What closing a consumer ends with."""
         self.pushes = False
         """Brokers push layouts: at `push`, and to whoever begins to watch."""
         self.opens = 0
@@ -249,7 +253,7 @@ class ScriptedBroker:
         self.consumers_seen = 0
         self.watches: list[asyncio.Queue[broker_pb2.Layout]] = []
         self.answering = asyncio.Event()
-        """Cleared: it answers no call with one answer."""
+        """Cleared: it answers no call any more; streams of producers and consumers go on."""
         self.answering.set()
 
     async def start(self, port: int = 0) -> None:
@@ -316,6 +320,7 @@ class ScriptedBroker:
 
     async def _watch_layout(self, data: bytes, context: Any) -> None:
         request = broker_pb2.WatchLayoutRequest.FromString(data)
+        await self.answering.wait()
         watch: asyncio.Queue[broker_pb2.Layout] = asyncio.Queue()
         watch.put_nowait(self.cluster.topics[request.topic].layout())
         self.watches.append(watch)
@@ -338,6 +343,7 @@ class ScriptedBroker:
         ).SerializeToString()
 
     async def _list_topics(self, data: bytes, context: Any) -> bytes:
+        await self.answering.wait()
         return admin_pb2.ListTopicsResponse(topics=sorted(self.cluster.topics)).SerializeToString()
 
     # --- streams ---
@@ -480,6 +486,10 @@ class ScriptedBroker:
             self._open_subscription(stream, opening)
         for opening in request.open_readers:
             shard = self._shard(opening.topic, opening.shard_id)
+            if (refused := self.cluster.on_reader()) is not None:
+                refusal = broker_pb2.ConsumerError(handle=opening.handle, error=refused)
+                stream.say(broker_pb2.ConsumeResponse(errors=[refusal]))
+                continue
             session = stream.sessions[opening.handle] = Session(stream, opening.handle, shard, None)
             session.next = self._position(shard, opening.start)
             shard.readers.append(session)
@@ -498,7 +508,8 @@ class ScriptedBroker:
             session = stream.sessions.get(close.handle)
             if session is not None:
                 self._detach(session)
-            stream.say(broker_pb2.ConsumeResponse(acks=[broker_pb2.AckResult(request_id=close.request_id)]))
+            answer = broker_pb2.AckResult(request_id=close.request_id, error=self.cluster.on_close())
+            stream.say(broker_pb2.ConsumeResponse(acks=[answer]))
         for session in tuple(stream.sessions.values()):
             self._dispatch(session.shard)
 

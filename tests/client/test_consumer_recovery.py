@@ -129,6 +129,29 @@ async def test_a_shard_that_moved_is_followed(cluster: ScriptedCluster, client: 
     assert shard.subscriptions["s"].floor == 100
 
 
+async def test_a_consumer_whose_shard_moves_while_it_closes_is_closed_all_the_same(
+    cluster: ScriptedCluster, client: Client, shard: Shard
+) -> None:
+    async with client.stream_consumer("clicks", subscription="s", start=EARLIEST) as consumer:
+        messages = await take(consumer, 10)
+        await consumer.ack(messages[-1])
+        cluster.on_close = lambda: error("NOT_OWNER", "shard was released")
+    assert shard.subscriptions["s"].floor == 10
+
+
+async def test_a_reader_sent_to_an_owner_that_was_replaced_waits_for_the_right_one(
+    cluster: ScriptedCluster, broker: ScriptedBroker, client: Client, shard: Shard
+) -> None:
+    """Its log ends where the shard was taken from it: the reader's place lies beyond."""
+    refusals = [error("INVALID_ARGUMENT", "the offset is beyond the end")] * 2
+    async with client.reader("clicks", start=EARLIEST) as reader:
+        messages = await take(reader, 50)
+        cluster.on_reader = lambda: refusals.pop() if refusals else None
+        broker.cut()
+        await cluster.until(lambda: not refusals)
+        assert numbers(messages + await take(reader, 50)) == list(range(100))
+
+
 async def test_a_consumer_that_stood_by_takes_over_at_the_floor(client: Client, shard: Shard) -> None:
     async with (
         client.stream_consumer("clicks", subscription="s", start=EARLIEST) as first,

@@ -11,7 +11,10 @@ from scripted_broker import Fate, ScriptedBroker, ScriptedCluster, Shard, Topic
 
 from magnetar.client import EARLIEST, Client, connect
 from magnetar.client import layouts as client_layouts
+from magnetar.client import links as client_links
 from magnetar.client.backoff import Delays
+from magnetar.client.layouts import Brokers
+from magnetar.client.rpc import RpcStream
 
 TIMEOUT_S = 20.0
 FOR_EVER_S = 1000.0
@@ -93,6 +96,53 @@ async def test_a_broker_that_serves_nothing_of_the_topic_is_the_one_that_is_watc
     await world.cluster.until(lambda: not world.a.watches)
 
 
+async def test_two_brokers_that_disagree_about_the_owner_do_not_keep_a_client_busy(
+    world: World, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each takes the other for the bystander: one of them is the owner that was replaced and does not know it."""
+    watched: list[str] = []
+    watch = Brokers.watch
+
+    def counted(self: Brokers, address: str, method: str, request: bytes) -> RpcStream:
+        watched.append(address)
+        # Whoever is asked says that it is the owner itself.
+        world.cluster.move(world.shard, world.a if address == world.a.address else world.b)
+        return watch(self, address, method, request)
+
+    monkeypatch.setattr(Brokers, "watch", counted)
+    async with client.producer("clicks"):
+        await world.cluster.until(lambda: len(watched) >= 4)
+        loop = asyncio.get_running_loop()
+        began, so_far = loop.time(), len(watched)
+        await world.cluster.until(lambda: loop.time() - began >= 0.5)
+        assert len(watched) - so_far <= 8
+
+
+async def test_a_silent_broker_is_not_watched_though_it_serves_nothing_of_the_topic(
+    world: World, client: Client
+) -> None:
+    """It may be the owner that was lost, and the others tell step by step who takes over."""
+    topic = world.cluster.create("views", shards=2)
+    for shard in topic.shards.values():
+        world.cluster.move(shard, world.a)
+    fates = {world.a: Fate.DROP, world.b: Fate.STORE}
+    keys = [str(number) for number in range(20)]
+    async with client.producer("views") as producer:
+        await producer.send_many([b"0"] * 20, keys)
+        await world.watched(world.b)
+        world.cluster.on_batch = lambda shard, header: fates[shard.owner]
+        world.a.answering.clear()
+        sending = asyncio.create_task(producer.send_many([b"1"] * 20, keys))
+        for number, shard in enumerate(topic.shards.values()):
+            world.cluster.move(shard, world.b)
+            world.cluster.push(topic)
+            await world.cluster.until(lambda shard=shard: b"1" in shard.payloads())  # type: ignore[misc]
+            assert number or not sending.done()
+        await sending
+        assert len(world.b.watches) == 1
+        world.a.answering.set()
+
+
 async def test_an_open_producer_leaves_an_owner_that_is_silent_for_the_one_that_is_pushed(
     world: World, client: Client
 ) -> None:
@@ -105,6 +155,22 @@ async def test_an_open_producer_leaves_an_owner_that_is_silent_for_the_one_that_
         await world.cluster.until(lambda: len(world.cluster.headers) == 2)
         world.cluster.move(world.shard, world.b)
         world.cluster.push(world.topic)
+        await receipt
+    assert world.shard.payloads() == [b"0", b"1"]
+
+
+async def test_who_waits_for_an_owner_that_is_silent_asks_others_though_nothing_is_pushed(
+    world: World, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the broker that stands still is also the one that is watched."""
+    monkeypatch.setattr(client_links, "SILENCE_S", 0.05)
+    fates = {world.a: Fate.DROP, world.b: Fate.STORE}
+    async with client.producer("clicks") as producer:
+        await producer.send(b"0")
+        world.cluster.on_batch = lambda shard, header: fates[shard.owner]
+        receipt = producer.send_nowait(b"1")
+        await world.cluster.until(lambda: len(world.cluster.headers) == 2)
+        world.cluster.move(world.shard, world.b)
         await receipt
     assert world.shard.payloads() == [b"0", b"1"]
 
@@ -141,6 +207,17 @@ async def test_a_broker_that_is_silent_does_not_keep_the_others_from_being_asked
         # The one that answered is asked first from now on.
         parts: Any = client._parts
         assert parts.brokers.preferred == world.a.address
+    world.b.answering.set()
+
+
+async def test_a_silent_broker_does_not_keep_others_from_being_asked_what_there_is(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client_layouts, "SILENCE_S_MAX", 0.01)
+    world.b.answering.clear()
+    async with connect(f"{world.b.address},{world.a.address}", timeout=TIMEOUT_S) as client:
+        async with asyncio.timeout(TIMEOUT_S / 2):
+            assert await client.admin.topics.list() == ["public/default/clicks"]
     world.b.answering.set()
 
 

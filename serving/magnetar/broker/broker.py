@@ -86,11 +86,20 @@ class Broker:
         now_us: Callable[[], int] = system_time_us,
         rng: random.Random | None = None,
         serve: Serve = serve,
+        peers: Peers | None = None,
         http_address: str = "",
     ) -> Self:
         """Serves on return. Raises ListenError, IdInUse, MetadataError."""
         broker = cls(
-            settings, store, keyspace, bookies, registry or CollectorRegistry(), now_us, rng or random.Random(), serve
+            settings,
+            store,
+            keyspace,
+            bookies,
+            registry or CollectorRegistry(),
+            now_us,
+            rng or random.Random(),
+            serve,
+            peers or Peers(),
         )
         try:
             await broker._start(http_address)
@@ -109,6 +118,7 @@ class Broker:
         now_us: Callable[[], int],
         rng: random.Random,
         serve: Serve,
+        peers: Peers,
     ) -> None:
         self.settings = settings
         self._rng = rng
@@ -137,7 +147,7 @@ class Broker:
         )
         self._takeovers = Takeovers(self.served.open, rng)
         self._resolver = Resolver(self.topics, self.ownership, self._owner_address, self._broker_addresses)
-        self.peers = Peers()
+        self.peers = peers
         self._members = Members(store, keyspace)
         self._admin = Admin(self, store, keyspace, bookies, now_us, rng)
         self._openings = itertools.count(1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import TypeVar
 
 import grpc
@@ -36,10 +37,15 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
 AnswerT = TypeVar("AnswerT", bound=Message)
 
 
+def connect(address: str) -> grpc.aio.Channel:
+    return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+
+
 class Peers:
     """Connections to other brokers, made at first use. Only addresses of registered brokers come here."""
 
-    def __init__(self) -> None:
+    def __init__(self, connect: Callable[[str], grpc.aio.Channel] = connect) -> None:
+        self._connect = connect
         self._channels: OrderedDict[str, grpc.aio.Channel] = OrderedDict()
 
     async def call(self, address: str, method: str, request: Message, answer: type[AnswerT]) -> AnswerT:
@@ -67,7 +73,7 @@ class Peers:
     async def _channel(self, address: str) -> grpc.aio.Channel:
         channel = self._channels.get(address)
         if channel is None:
-            channel = self._channels[address] = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+            channel = self._channels[address] = self._connect(address)
             if len(self._channels) > PEERS_MAX:
                 _, oldest = self._channels.popitem(last=False)
                 await oldest.close(CLOSE_S)

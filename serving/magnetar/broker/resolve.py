@@ -37,8 +37,8 @@ class Resolver:
         self._ownership = ownership
         self._address = address
         self._brokers = brokers
-        self._by_topic: defaultdict[str, set[asyncio.Event]] = defaultdict(set)
-        self._by_shard: defaultdict[int, set[asyncio.Event]] = defaultdict(set)
+        self._by_topic: defaultdict[str, dict[asyncio.Event, None]] = defaultdict(dict)
+        self._by_shard: defaultdict[int, dict[asyncio.Event, None]] = defaultdict(dict)
         self._watches = 0
 
     async def resolve(self, data: bytes, _context: Context) -> bytes:
@@ -65,7 +65,7 @@ class Resolver:
         changed = asyncio.Event()
         shards: set[int] = set()
         self._watches += 1
-        self._by_topic[topic].add(changed)
+        self._by_topic[topic][changed] = None
         try:
             sent: broker_pb2.WatchLayoutResponse | None = None
             while True:
@@ -103,7 +103,7 @@ class Resolver:
 
     def _watch_shards(self, changed: asyncio.Event, watched: set[int], wanted: set[int]) -> None:
         for shard in wanted - watched:
-            self._by_shard[shard].add(changed)
+            self._by_shard[shard][changed] = None
         for shard in watched - wanted:
             _discard(self._by_shard, shard, changed)
         watched.clear()
@@ -127,9 +127,9 @@ class Resolver:
         )
 
 
-def _discard(watches: defaultdict[KeyT, set[asyncio.Event]], key: KeyT, changed: asyncio.Event) -> None:
+def _discard(watches: defaultdict[KeyT, dict[asyncio.Event, None]], key: KeyT, changed: asyncio.Event) -> None:
     found = watches.get(key)
     if found is not None:
-        found.discard(changed)
+        found.pop(changed, None)
         if not found:
             del watches[key]

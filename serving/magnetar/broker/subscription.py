@@ -28,7 +28,7 @@ from magnetar.broker.pump import Pump
 from magnetar.broker.redelivery import DeliveryCounts
 from magnetar.broker.refusals import RETRY_AFTER_MS, not_owner, subscription_not_found
 from magnetar.managed_log.errors import LogReleased, OffsetTrimmed, ReadFailed
-from magnetar.managed_log.log import Cursor, CursorNotFound, InvalidAck, ManagedLog
+from magnetar.managed_log.log import AckBeyondEnd, Cursor, CursorNotFound, InvalidAck, ManagedLog
 from magnetar.metadata.records import Anchor, AtOffset, StartPosition, SubscriptionType
 from magnetar.node.rpc import Refused, invalid_argument, unavailable
 from magnetar.v1 import admin_pb2, common_pb2
@@ -351,6 +351,10 @@ class Subscription:
         """Errors of the log become refusals."""
         try:
             yield
+        except AckBeyondEnd as error:
+            raise not_owner(
+                self._log.shard_id, why=f"another broker has given out what this one lacks: {error}"
+            ) from None
         except InvalidAck as error:
             raise invalid_argument(str(error)) from None
         except CursorNotFound:

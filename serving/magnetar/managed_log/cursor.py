@@ -47,6 +47,10 @@ class InvalidAck(ValueError):
     """Offsets that are not in the log."""
 
 
+class AckBeyondEnd(InvalidAck):
+    """Offsets that are not in the log yet. Who got such messages got them elsewhere: the log is another owner's."""
+
+
 # --- changes, as they are stored ---
 
 

@@ -20,7 +20,7 @@ from magnetar.ledger.write_handle import WriteHandle
 from magnetar.managed_log.appender import AppendedEntry, Appender, PendingBatch
 from magnetar.managed_log.cache import ReadCache, StoredEntry
 from magnetar.managed_log.chain import Chain
-from magnetar.managed_log.cursor import RANGE_MESSAGES_MAX, Cursor, CursorNotFound, InvalidAck, Range
+from magnetar.managed_log.cursor import RANGE_MESSAGES_MAX, AckBeyondEnd, Cursor, CursorNotFound, InvalidAck, Range
 from magnetar.managed_log.cursor_ledger import CursorLedger, ProducerSnapshot
 from magnetar.managed_log.deletion import delete_shard
 from magnetar.managed_log.errors import (
@@ -44,6 +44,7 @@ from magnetar.metadata.store import MetadataUnavailable
 from magnetar.wire.entry import EntryBatch
 
 __all__ = [
+    "AckBeyondEnd",
     "Cursor",
     "CursorNotFound",
     "InvalidAck",
@@ -359,12 +360,14 @@ class ManagedLog:
         return max(self._trimmer.start_offset, min(offset, self.end_offset))
 
     def _check_ack(self, floor: int, ranges: Sequence[Range]) -> None:
-        end = self.end_offset
-        if not 0 <= floor <= end:
-            raise InvalidAck(f"floor is not in the log: floor=`{floor}` end_offset=`{end}`")
+        if floor < 0:
+            raise InvalidAck(f"floor is not in the log: floor=`{floor}`")
         for start, stop in ranges:
-            if not 0 <= start < stop <= end or stop - start > RANGE_MESSAGES_MAX:
-                raise InvalidAck(f"range is not in the log: start=`{start}` end=`{stop}` end_offset=`{end}`")
+            if not 0 <= start < stop or stop - start > RANGE_MESSAGES_MAX:
+                raise InvalidAck(f"range is not in the log: start=`{start}` end=`{stop}`")
+        acked, end = max([floor, *(stop for _, stop in ranges)]), self.end_offset
+        if acked > end:
+            raise AckBeyondEnd(f"acknowledged beyond the end: acked=`{acked}` end_offset=`{end}`")
 
     async def _stored(self, future: asyncio.Future[None]) -> None:
         """The future is shared: one waiter's cancellation is not the others'."""
