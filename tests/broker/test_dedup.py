@@ -80,7 +80,18 @@ def test_a_chain_is_appended_and_what_came_before_is_a_duplicate_with_its_place(
     assert driver.table.first_offset(A, 10, 14) == 10
     assert driver.table.first_offset(A, 12, 13) == 12
     assert driver.table.first_offset(A, 8, 12) == NO_OFFSET
-    assert driver.table.standing(A) == (14, [StoredBatch(0, 9, 0), StoredBatch(10, 14, 10)])
+    assert driver.table.standing(A) == (14, [StoredBatch(0, 9, 0), StoredBatch(10, 14, 10)], 0)
+
+
+def test_an_opening_tells_in_which_life_of_the_name_the_last_sequence_was_stored(driver: Driver) -> None:
+    driver.table.open(A, 3, 1, 0)
+    driver.push(Link(A, -1, 4, 5), 3, 1)
+    driver.persist()
+    driver.table.open(A, 7, 2, 0)
+    assert driver.table.standing(A) == (4, [StoredBatch(0, 4, 0)], 3)
+    driver.push(Link(A, 4, 5), 7, 2)
+    driver.persist()
+    assert driver.table.standing(A)[2] == 7
 
 
 def test_a_batch_that_is_pushed_and_not_persisted_is_pending_and_a_gap_is_out_of_order(driver: Driver) -> None:
@@ -158,7 +169,7 @@ def test_idle_producers_are_forgotten_unless_open_or_in_flight() -> None:
     assert driver.table.forget(UNNAMED_IDLE_US) == 0  # in flight
     driver.persist()
     assert driver.table.forget(UNNAMED_IDLE_US + MINUTE_US) == 1
-    assert driver.table.standing(A) == (NO_SEQUENCE, [])
+    assert driver.table.standing(A) == (NO_SEQUENCE, [], 0)
     assert driver.table.forget(NAMED_IDLE_US + MINUTE_US) == 1
     assert driver.table.standing(open_one)[0] == 0
 
@@ -166,8 +177,8 @@ def test_idle_producers_are_forgotten_unless_open_or_in_flight() -> None:
 def test_too_many_producers_lose_the_longest_idle_and_unnamed_first() -> None:
     table = ProducerTable(producers_max=2)
     ids = [bytes([i]) * 16 for i in range(4)]
-    table.restore([ProducerState(ids[0], 1, 0, 0, (StoredBatch(0, 0, 0),))])
-    table.restore([ProducerState(ids[i], 0, 0, i, (StoredBatch(0, 0, i),)) for i in (1, 2, 3)])
+    table.restore([ProducerState(ids[0], 1, 0, 0, (StoredBatch(0, 0, 0),), 1)])
+    table.restore([ProducerState(ids[i], 0, 0, i, (StoredBatch(0, 0, i),), 0) for i in (1, 2, 3)])
     assert table.forget(10) == 2
     assert [state.producer_id for state in table.states()] == [ids[0], ids[3]]
 
@@ -175,7 +186,12 @@ def test_too_many_producers_lose_the_longest_idle_and_unnamed_first() -> None:
 def test_a_table_restored_from_its_chunks_is_the_same_and_chunks_are_small() -> None:
     states = [
         ProducerState(
-            i.to_bytes(16, "big"), i % 3, 1 << 60, 1 << 50, tuple(StoredBatch(1 << 59, 1 << 60, n) for n in range(16))
+            i.to_bytes(16, "big"),
+            i % 3 * 2,
+            1 << 60,
+            1 << 50,
+            tuple(StoredBatch(1 << 59, 1 << 60, n) for n in range(16)),
+            i % 3,
         )
         for i in range(2_000)
     ]
@@ -291,8 +307,10 @@ class TableAgainstModel(RuleBasedStateMachine):
         table.restore(decode_states(chunks))
         for batch in self.log:
             table.replay(batch, batch.first_offset + batch.last_sequence - batch.first_sequence + 1, 0)
-        before = {s.producer_id: (s.last_sequence, s.recent) for s in self.driver.table.states()}
-        assert {s.producer_id: (s.last_sequence, s.recent) for s in table.states()} == before
+        before = {s.producer_id: (s.last_sequence, s.recent, s.stored_epoch) for s in self.driver.table.states()}
+        assert {s.producer_id: (s.last_sequence, s.recent, s.stored_epoch) for s in table.states()} == before
+        newest = {b.producer_id: b.epoch for b in self.log}
+        assert {producer: epoch for producer, (_, _, epoch) in before.items()} == newest
         self.driver = Driver(table, [], self.driver.end)
         self.waiting.clear()
         for producer, chain in self.chains.items():

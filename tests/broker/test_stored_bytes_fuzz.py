@@ -22,7 +22,9 @@ from magnetar.ledger.bookie_wire import (
 from magnetar.v1 import bookie_pb2 as pb
 from magnetar.wire.selection import InvalidSelection, count_of, indices
 
-TABLE = encode_states([ProducerState(b"p" * 16, 3, 9, 1_000_000, (StoredBatch(0, 4, 100), StoredBatch(5, 9, 105)))])[0]
+TABLE = encode_states([ProducerState(b"p" * 16, 3, 9, 1_000_000, (StoredBatch(0, 4, 100), StoredBatch(5, 9, 105)), 3)])[
+    0
+]
 
 
 @st.composite

@@ -70,6 +70,37 @@ def test_the_next_opening_tells_what_is_stored_and_the_rest_is_sent_again_behind
     assert [parse_header(batch.data).previous for batch in batches[2:]] == [4, 5]
 
 
+def test_numbers_that_the_life_before_has_taken_are_given_anew(chain: Chain) -> None:
+    """The owner that was replaced knew of sequences up to 1; its successor has up to 4, and none of these batches."""
+    chain.opened(1, [], WINDOW)
+    batches = [send(chain, 2, 2), send(chain, 4), send(chain, 5)]
+    assert chain.renumber(4, 6) == 10
+    assert chain.opened(4, [Stored(2, 4, 70)], WINDOW) == []
+    assert [chain.resend() for _ in batches] == batches
+    assert [(parse_header(batch.data).previous, batch.first, batch.last) for batch in batches] == [
+        (4, 6, 7),
+        (7, 8, 8),
+        (8, 9, 9),
+    ]
+    assert [parse_header(batch.data).last for batch in batches] == [7, 8, 9]
+    assert chain.store(Stored(6, 9, 100)) == batches
+
+
+def test_numbers_that_nobody_has_taken_and_those_of_the_user_are_kept(chain: Chain) -> None:
+    chain.opened(1, [], WINDOW)
+    free = send(chain, 9)
+    assert chain.renumber(4, 10) == 10
+    assert (free.first, parse_header(free.data).last) == (9, 9)
+    users = Chain()
+    users.opened(-1, [], WINDOW)
+    batch = make(2, 1, numbered=True)
+    batch.encode(producer_id=PRODUCER, epoch=2, previous=-1, codec=0)
+    users.sent(batch)
+    assert users.renumber(4, 5) == 5
+    assert users.opened(4, [Stored(2, 2, 70)], WINDOW) == [batch]
+    assert batch.offset == 70
+
+
 def test_a_batch_stored_long_ago_has_no_offset(chain: Chain) -> None:
     chain.opened(-1, [], WINDOW)
     batch = send(chain, 0)

@@ -197,6 +197,12 @@ class Batch(Completion):
             self.data = restamp(self.data, previous=previous)
             self.previous = previous
 
+    def renumber(self, first: int) -> None:
+        """An encoded batch gets other sequences; its place in the chain is set by `put_behind`."""
+        self.first, self.last = first, first + self.count - 1
+        self.previous = first - 1
+        self.data = restamp(self.data, previous=self.previous, last=self.last)
+
     def _columns(self) -> tuple[Columns, array[int] | None]:
         """All columns, filled up to the count; slots are None for a keyless batch."""
         count = self.count

@@ -114,6 +114,20 @@ class Chain:
         self._in_flight.clear()
         self.unanswered = 0
 
+    def renumber(self, last: int, next_sequence: int) -> int:
+        """Nothing that is to be sent again is stored, though others stored up to `last`: called before `opened`.
+
+        What the library numbers gets new numbers, if its own are taken. Returns the next sequence that is free.
+        """
+        self.lost()
+        if all(batch.numbered or batch.first > last for batch in self._resend):
+            return next_sequence
+        for batch in self._resend:
+            if not batch.numbered:
+                batch.renumber(next_sequence)
+            next_sequence = max(next_sequence, batch.last + 1)
+        return next_sequence
+
     # --- sending ---
 
     def fits(self, size: int) -> bool:

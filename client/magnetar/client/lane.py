@@ -143,6 +143,10 @@ class Lane(ShardLink[ProduceStream]):
         producer.next_sequence = max(producer.next_sequence, opened.last_sequence + 1)
         for parent in parents:
             producer.next_sequence = max(producer.next_sequence, parent.last + 1)
+        if 0 < opened.stored_epoch < producer.epoch:
+            # What stands there is of the name's life before. This producer began to number at an owner that had been
+            # replaced without knowing it: its numbers are taken, but not by what it sent.
+            producer.next_sequence = self.chain.renumber(opened.last_sequence, producer.next_sequence)
         ended = self.chain.opened(opened.last_sequence, recent, opened.window_bytes, parents)
         if parents:
             ended += self._drop_covered(parents)

@@ -145,18 +145,20 @@ class ProduceResponse(_message.Message):
     def __init__(self, hello: _Optional[_Union[_common_pb2.HelloReply, _Mapping]] = ..., opened: _Optional[_Iterable[_Union[ProducerOpened, _Mapping]]] = ..., stored: _Optional[_Iterable[_Union[BatchStored, _Mapping]]] = ..., errors: _Optional[_Iterable[_Union[ProducerError, _Mapping]]] = ..., windows: _Optional[_Iterable[_Union[ProducerWindow, _Mapping]]] = ..., error: _Optional[_Union[_common_pb2.Error, _Mapping]] = ...) -> None: ...
 
 class ProducerOpened(_message.Message):
-    __slots__ = ("handle", "last_sequence", "recent", "window_bytes", "parents")
+    __slots__ = ("handle", "last_sequence", "recent", "window_bytes", "parents", "stored_epoch")
     HANDLE_FIELD_NUMBER: _ClassVar[int]
     LAST_SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     RECENT_FIELD_NUMBER: _ClassVar[int]
     WINDOW_BYTES_FIELD_NUMBER: _ClassVar[int]
     PARENTS_FIELD_NUMBER: _ClassVar[int]
+    STORED_EPOCH_FIELD_NUMBER: _ClassVar[int]
     handle: int
     last_sequence: int
     recent: _containers.RepeatedCompositeFieldContainer[BatchStored]
     window_bytes: int
     parents: _containers.RepeatedCompositeFieldContainer[ParentSequence]
-    def __init__(self, handle: _Optional[int] = ..., last_sequence: _Optional[int] = ..., recent: _Optional[_Iterable[_Union[BatchStored, _Mapping]]] = ..., window_bytes: _Optional[int] = ..., parents: _Optional[_Iterable[_Union[ParentSequence, _Mapping]]] = ...) -> None: ...
+    stored_epoch: int
+    def __init__(self, handle: _Optional[int] = ..., last_sequence: _Optional[int] = ..., recent: _Optional[_Iterable[_Union[BatchStored, _Mapping]]] = ..., window_bytes: _Optional[int] = ..., parents: _Optional[_Iterable[_Union[ParentSequence, _Mapping]]] = ..., stored_epoch: _Optional[int] = ...) -> None: ...
 
 class ParentSequence(_message.Message):
     __slots__ = ("first_slot", "last_slot", "last_sequence")

@@ -94,20 +94,22 @@ class ProducerTableChunk(_message.Message):
     def __init__(self, producers: _Optional[_Iterable[_Union[ProducerTableEntry, _Mapping]]] = ...) -> None: ...
 
 class ProducerTableEntry(_message.Message):
-    __slots__ = ("producer_id", "epoch", "last_sequence", "named", "last_time_us", "batches")
+    __slots__ = ("producer_id", "epoch", "last_sequence", "named", "last_time_us", "batches", "stored_epoch")
     PRODUCER_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     LAST_SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     NAMED_FIELD_NUMBER: _ClassVar[int]
     LAST_TIME_US_FIELD_NUMBER: _ClassVar[int]
     BATCHES_FIELD_NUMBER: _ClassVar[int]
+    STORED_EPOCH_FIELD_NUMBER: _ClassVar[int]
     producer_id: bytes
     epoch: int
     last_sequence: int
     named: bool
     last_time_us: int
     batches: _containers.RepeatedCompositeFieldContainer[StoredBatch]
-    def __init__(self, producer_id: _Optional[bytes] = ..., epoch: _Optional[int] = ..., last_sequence: _Optional[int] = ..., named: bool = ..., last_time_us: _Optional[int] = ..., batches: _Optional[_Iterable[_Union[StoredBatch, _Mapping]]] = ...) -> None: ...
+    stored_epoch: int
+    def __init__(self, producer_id: _Optional[bytes] = ..., epoch: _Optional[int] = ..., last_sequence: _Optional[int] = ..., named: bool = ..., last_time_us: _Optional[int] = ..., batches: _Optional[_Iterable[_Union[StoredBatch, _Mapping]]] = ..., stored_epoch: _Optional[int] = ...) -> None: ...
 
 class StoredBatch(_message.Message):
     __slots__ = ("first_sequence", "last_sequence", "first_offset")

@@ -274,14 +274,16 @@ def extensions(data: bytes | memoryview, header: BatchHeader) -> list[tuple[int,
     return found
 
 
-def restamp(data: bytes, *, previous: int, epoch: int | None = None) -> bytes:
-    """The same batch behind another one in the producer's chain, under another epoch if one is given.
+def restamp(data: bytes, *, previous: int, epoch: int | None = None, last: int | None = None) -> bytes:
+    """The same batch behind another one in the producer's chain, under another epoch or last sequence if given.
 
     Raises MalformedBatch if the data is damaged: a new checksum must never cover that up.
     """
     header = parse_header(data)
-    if not (NO_SEQUENCE <= previous <= _SEQUENCE_MAX and (epoch is None or 0 <= epoch <= _EPOCH_MAX)):
-        raise ValueError(f"sequence or epoch is out of range: previous=`{previous}` epoch=`{epoch}`")
+    last = header.last if last is None else last
+    sequences = NO_SEQUENCE <= previous <= _SEQUENCE_MAX and 0 <= last <= _SEQUENCE_MAX
+    if not (sequences and (epoch is None or 0 <= epoch <= _EPOCH_MAX)):
+        raise ValueError(f"sequence or epoch is out of range: previous=`{previous}` last=`{last}` epoch=`{epoch}`")
     fields = _FIELDS.pack(
         header.flags,
         header.codec,
@@ -291,7 +293,7 @@ def restamp(data: bytes, *, previous: int, epoch: int | None = None) -> bytes:
         header.producer_id,
         header.epoch if epoch is None else epoch,
         previous,
-        header.last,
+        last,
         header.body_size,
         header.body_offset,
     )

@@ -93,6 +93,8 @@ class ProducerState:
     last_sequence: int
     last_time_us: int
     recent: tuple[StoredBatch, ...]
+    stored_epoch: int
+    """Under which `last_sequence` was stored; `epoch` may be that of a later opening."""
 
     @property
     def named(self) -> bool:
@@ -122,6 +124,7 @@ class _Producer:
     attached    the newest opening's handle is still open
     pushed      last sequence given to the log; persisted <= pushed
     in_flight   batches pushed and not persisted
+    stored_epoch  under which `persisted` was stored
     recent      flat triples of the last batches persisted, oldest first
     """
 
@@ -134,11 +137,13 @@ class _Producer:
         "persisted",
         "pushed",
         "recent",
+        "stored_epoch",
         "waiting",
     )
 
     def __init__(self, epoch: int, now_us: int) -> None:
         self.epoch = epoch
+        self.stored_epoch = 0
         self.opening = 0
         self.waiting = False
         self.attached = False
@@ -203,10 +208,13 @@ class ProducerTable:
         producer = self._producers.get(producer_id)
         return producer is not None and producer.epoch == epoch and producer.opening > 0
 
-    def standing(self, producer_id: bytes) -> tuple[int, list[StoredBatch]]:
-        """The last sequence stored (-1 = none) and the last batches, newest last: the answer of a settled opening."""
+    def standing(self, producer_id: bytes) -> tuple[int, list[StoredBatch], int]:
+        """The answer of a settled opening: the last sequence stored (-1 = none), the last batches, newest last, and the
+        epoch under which that sequence was stored."""
         producer = self._producers.get(producer_id)
-        return (NO_SEQUENCE, []) if producer is None else (producer.persisted, list(producer.batches()))
+        if producer is None:
+            return NO_SEQUENCE, [], 0
+        return producer.persisted, list(producer.batches()), producer.stored_epoch
 
     def close(self, producer_id: bytes, opening: int) -> None:
         """The handle of this opening is closed. A later opening is not touched by it."""
@@ -252,9 +260,10 @@ class ProducerTable:
         """
         settled = []
         producers = self._producers
-        for producer_id, _, first_sequence, last_sequence, first_offset in batches:
+        for producer_id, epoch, first_sequence, last_sequence, first_offset in batches:
             producer = producers[producer_id]
             producer.remember(first_sequence, last_sequence, first_offset)
+            producer.stored_epoch = epoch
             producer.last_time_us = now_us
             producer.in_flight -= 1
             if producer.waiting and producer.in_flight == 0:
@@ -281,6 +290,7 @@ class ProducerTable:
             for batch in state.recent:
                 producer.remember(*batch)
             producer.persisted = producer.pushed = state.last_sequence
+            producer.stored_epoch = state.stored_epoch
 
     def replay(self, batch: PersistedBatch, end_offset: int, time_us: int) -> None:
         """A batch found in the log, ending at `end_offset`; those below `covered_offset` change nothing."""
@@ -290,6 +300,7 @@ class ProducerTable:
         if producer is None:
             producer = self._producers[batch.producer_id] = _Producer(batch.epoch, time_us)
         producer.epoch = max(producer.epoch, batch.epoch)
+        producer.stored_epoch = batch.epoch
         producer.remember(batch.first_sequence, batch.last_sequence, batch.first_offset)
         producer.pushed = batch.last_sequence
         producer.last_time_us = max(producer.last_time_us, time_us)
@@ -300,7 +311,14 @@ class ProducerTable:
         for producer_id, producer in self._producers.items():
             if producer.persisted != NO_SEQUENCE:
                 recent = tuple(producer.batches())
-                yield ProducerState(producer_id, producer.epoch, producer.persisted, producer.last_time_us, recent)
+                yield ProducerState(
+                    producer_id,
+                    producer.epoch,
+                    producer.persisted,
+                    producer.last_time_us,
+                    recent,
+                    producer.stored_epoch,
+                )
 
     # --- forgetting ---
 

@@ -114,6 +114,8 @@ async def segments(metadata: ShardMetadata) -> list[Segment]:
 async def describe_shard(metadata: ShardMetadata, served: ServedShard | None) -> admin_pb2.ShardDescription:
     """`served` is the shard if it is served here: it knows the end of the open segment."""
     record = metadata.record
+    if served is not None and served.log.record.epoch != record.epoch:
+        served = None  # It was replaced, and does not know it yet.
     chain = await segments(metadata)
     closed = await metadata.closed_ledgers(segment.ledger_id for segment in chain)
     ledgers = {**closed, **metadata.ledgers}

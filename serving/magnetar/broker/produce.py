@@ -117,10 +117,10 @@ class ProducerHandle:
 
     # --- told by the shard ---
 
-    def opened(self, last_sequence: int, recent: list[StoredBatch]) -> None:
+    def opened(self, last_sequence: int, recent: list[StoredBatch], stored_epoch: int) -> None:
         if self.state is HandleState.OPENING:
             self.state = HandleState.OPEN
-            self.stream.say_opened(self, last_sequence, recent)
+            self.stream.say_opened(self, last_sequence, recent, stored_epoch)
 
     def stored(self, first_sequence: int, last_sequence: int, first_offset: int, size_bytes: int) -> None:
         if self.state is HandleState.CLOSED:
@@ -397,7 +397,9 @@ class ProduceStream:
 
     # --- what is to be said ---
 
-    def say_opened(self, handle: ProducerHandle, last_sequence: int, recent: list[StoredBatch]) -> None:
+    def say_opened(
+        self, handle: ProducerHandle, last_sequence: int, recent: list[StoredBatch], stored_epoch: int
+    ) -> None:
         self._opened.append(
             broker_pb2.ProducerOpened(
                 handle=handle.number,
@@ -412,6 +414,7 @@ class ProduceStream:
                     for batch in recent
                 ],
                 window_bytes=handle.window_bytes,
+                stored_epoch=stored_epoch,
             )
         )
         self._wake.set()

@@ -43,7 +43,14 @@ def decode_states(chunks: Iterable[bytes]) -> Iterator[ProducerState]:
             raise DamagedProducerTable(f"a chunk of the producers' table does not parse bytes=`{len(data)}`") from error
         for entry in chunk.producers:
             recent = tuple(StoredBatch(b.first_sequence, b.last_sequence, b.first_offset) for b in entry.batches)
-            yield ProducerState(entry.producer_id, entry.epoch, entry.last_sequence, entry.last_time_us, recent)
+            yield ProducerState(
+                entry.producer_id,
+                entry.epoch,
+                entry.last_sequence,
+                entry.last_time_us,
+                recent,
+                entry.stored_epoch or entry.epoch,
+            )
 
 
 def _entry(state: ProducerState) -> cursor_pb2.ProducerTableEntry:
@@ -53,6 +60,7 @@ def _entry(state: ProducerState) -> cursor_pb2.ProducerTableEntry:
         last_sequence=state.last_sequence,
         named=state.named,
         last_time_us=state.last_time_us,
+        stored_epoch=state.stored_epoch,
         batches=[
             cursor_pb2.StoredBatch(
                 first_sequence=b.first_sequence, last_sequence=b.last_sequence, first_offset=b.first_offset

@@ -113,6 +113,8 @@ class Pump:
         except OffsetTrimmed as trimmed:
             core.read_failed(read)
             self._trimmed(trimmed)
+            # It may have stopped this task, which ends where it waits next: and nothing here may ever make it wait.
+            await asyncio.sleep(0)
         except ReadFailed as error:
             core.read_failed(read)
             self.problem = str(error)

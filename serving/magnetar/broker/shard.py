@@ -49,7 +49,7 @@ class ProducerPort(Protocol):
     @property
     def opening(self) -> int: ...
 
-    def opened(self, last_sequence: int, recent: list[StoredBatch]) -> None:
+    def opened(self, last_sequence: int, recent: list[StoredBatch], stored_epoch: int) -> None:
         """The barrier is passed: nothing sent before can be stored from now on."""
 
     def stored(self, first_sequence: int, last_sequence: int, first_offset: int, size_bytes: int) -> None:
