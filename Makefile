@@ -3,10 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PROTO_VENV := .venv-proto
-PROTO_FILES := $(wildcard proto/magnetar/v1/*.proto)
+PROTO_FILES := $(wildcard proto/magnetar/v1/*.proto proto/magnetar/etcd/*.proto)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check proto proto-check clean
+.PHONY: help demo test cluster-test sim soak takeover check proto proto-check deploy-check clean
 
 help: ## List the recipes
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -17,19 +17,39 @@ demo: $(VENV)/.server ## Publish and read 27,004 real flights, kill the server, 
 test: $(VENV)/.dev ## The fast test suite
 	$(BIN)/python -m pytest
 
-check: $(VENV)/.dev proto-check ## Linters, types, contracts
+cluster-test: $(VENV)/.dev ## Kill, pause, cut off and fill a cluster of real processes under load
+	$(BIN)/python -m pytest tests/cluster -s
+
+sim: $(VENV)/.dev ## Simulated clusters under faults: SEEDS=n (FIRST=x fixes the first), or SEED=x again
+	$(BIN)/python tests/simulation/run.py $(if $(SEED),--seed $(SEED),--seeds $(or $(SEEDS),100) $(if $(FIRST),--first $(FIRST)))
+
+soak: ROUNDS ?= 10
+soak: $(VENV)/.dev ## The cluster tests ROUNDS times over, then 10,000 seeds of the simulator: hours
+	for round in $$(seq $(ROUNDS)); do $(BIN)/python -m pytest tests/cluster -s || exit 1; done
+	$(BIN)/python tests/simulation/run.py --seeds 10000 --brief
+
+takeover: $(VENV)/.dev ## How long it takes until a thousand topics of a killed broker are served again
+	$(BIN)/python tests/performance/takeover.py
+
+check: $(VENV)/.dev proto-check deploy-check ## Linters, types, contracts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/buf lint
 	$(BIN)/lint-imports
 
+deploy-check: $(VENV)/.dev ## Linters for what is in deploy/
+	$(BIN)/hadolint deploy/Dockerfile
+	$(BIN)/yamllint --strict --config-file deploy/yamllint.yaml deploy
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec deploy/compose.yaml
+	deploy/systemd/verify.sh
+
 proto: $(PROTO_VENV)/.ready ## Generate the protobuf stubs
 	$(PROTO_VENV)/bin/python -m grpc_tools.protoc -Iproto --python_out=proto --pyi_out=proto $(PROTO_FILES)
 
 proto-check: $(PROTO_VENV)/.ready ## Compare the stubs with their .proto files
 	@out=$$(mktemp -d) && $(PROTO_VENV)/bin/python -m grpc_tools.protoc -Iproto --python_out=$$out --pyi_out=$$out $(PROTO_FILES) \
-		&& for f in $$out/magnetar/v1/*; do cmp -s $$f proto/magnetar/v1/$$(basename $$f) || { echo "$$(basename $$f) is stale: run make proto"; exit 1; }; done; \
+		&& for f in $$(cd $$out && find magnetar -type f); do cmp -s $$out/$$f proto/$$f || { echo "proto/$$f is stale: run make proto"; exit 1; }; done; \
 		status=$$?; rm -rf $$out; exit $$status
 
 clean: ## Remove environments and caches

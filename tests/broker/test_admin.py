@@ -393,6 +393,13 @@ async def test_health_names_a_lost_bookie_and_what_to_do(
     assert (found.healthy, found.bookies, found.under_replicated_ledgers) == (False, 2, 1)
     assert any("bookie2" in problem and "start it again" in problem for problem in found.problems)
     assert any("new ledgers want 3" in problem for problem in found.problems)
+    assert found.unavailable_shards == 0
+    await cluster.bookies["bookie1"].stop()
+    await eventually(lambda: len(directory.registered()) == 1)
+    found = await health(calls)
+    assert found.unavailable_shards == 1
+    stands = f"shard {shard}: publishing stands still"
+    assert any(stands in problem and "start bookie1, bookie2 again" in problem for problem in found.problems)
 
 
 async def test_health_counts_shards_whose_owner_is_gone(cluster: Cluster, broker: Broker, calls: Calls) -> None:

@@ -353,6 +353,14 @@ def test_bench_publish_starts_a_cluster_of_processes_and_leaves_nothing(magnetar
     assert magnetar.run("bench", "publish", "--data-dir", "/proc/x").is_refused(1, "/proc/x", "another --data-dir")
 
 
+def test_bench_of_a_cluster_of_its_own_never_goes_to_another(cluster: Any) -> None:
+    """MAGNETAR_SERVER, which is set here, is meant for other commands."""
+    both = cluster.run("bench", "publish", "--server", "localhost:1", "--local", "1,1", "--dry-run")
+    assert both.is_refused(2, "--local", "--server")
+    alone = cluster.run("bench", "publish", "--local", "1,1", "--dry-run", "--output", "json")
+    assert json.loads(alone.out)["server"] is None
+
+
 def test_bench_publish_measures_and_leaves_nothing(cluster: Any) -> None:
     before = asked(cluster, "topics", "list")
     result = asked(cluster, "bench", "publish", "--seconds", 0.3, "--batch", 100, "--keys", 10, "--data-dir", "/tmp")

@@ -127,7 +127,7 @@ def _check_pair(here: Cookie, there: Cookie | None, pending: bool, bookie_id: st
     if there is None and not pending:
         raise BookieRefusal(
             f"the data directory is stamped but the metadata store knows no bookie `{bookie_id}`: it was "
-            "decommissioned or the metadata store was replaced; start it with an empty directory"
+            "replaced, or restored from a time before; start the bookie with an empty directory"
         )
     if there is not None and there.directory_id == REPAIRED and not pending:
         raise BookieRefusal(

@@ -20,6 +20,7 @@ import typer
 
 from magnetar.cli.command import (
     DEFAULT_TIMEOUT_S,
+    EXIT_USAGE,
     CommandFailed,
     DryRunOption,
     Output,
@@ -89,14 +90,19 @@ def options() -> None:
     """How fast this cluster is, next to what the machine could do."""
 
 
+LOCAL = "3,1"
+
+
 @app.command()
 def publish(
+    context: typer.Context,
     server: Annotated[
         str | None, typer.Option(envvar="MAGNETAR_SERVER", help="Measure this cluster; else --local.")
     ] = None,
     local: Annotated[
-        str, typer.Option(help="BOOKIES,BROKERS of a cluster started for the run, each in a process of its own.")
-    ] = "3,1",
+        str | None,
+        typer.Option(help="BOOKIES,BROKERS of a cluster started for the run, each in a process of its own; 3,1."),
+    ] = None,
     data_dir: Annotated[
         Path, typer.Option(parser=directory, metavar="DIR", help="Where the cluster of --local keeps its data.")
     ] = Path("."),
@@ -116,7 +122,12 @@ def publish(
 ) -> None:
     """Publishes for some seconds; prints rate, latency, CPU, memory, bytes written, and the machine's own limits."""
     plan = Plan(size, seconds, mode, batch, in_flight, keys, topics, compression.value)
-    cluster_size = parse_local(local)
+    if local is not None and server is not None:
+        source = context.get_parameter_source("server")
+        if source is not None and source.name == "COMMANDLINE":
+            raise CommandFailed("--server and --local exclude each other: measure a cluster, or start one", EXIT_USAGE)
+        server = None  # The variable is there for other commands.
+    cluster_size = parse_local(local or LOCAL)
     if dry_run:
         where = (
             server

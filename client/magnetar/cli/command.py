@@ -143,7 +143,7 @@ async def find_server(server: str, timeout: float) -> None:
     start = time.monotonic()
     while True:
         left = timeout - (time.monotonic() - start)
-        problems = await asyncio.gather(*(_try(host, port, left) for host, port in addresses))
+        problems = await _first_success([_try(host, port, left) for host, port in addresses])
         if None in problems:
             return
         waited = time.monotonic() - start
@@ -153,7 +153,8 @@ async def find_server(server: str, timeout: float) -> None:
             raise CommandFailed(f"cannot reach {server}: no such host, or no way to it; name another with --server")
         if waited >= REFUSED_GRACE_S:
             raise CommandFailed(
-                f"nothing listens at {server}: start a server with `magnetar standalone`, or name another with --server"
+                f"nothing listens at {server}: start `magnetar standalone`, or `magnetar broker` in a cluster, or name "
+                "another with --server"
             )
         await asyncio.sleep(min(CONNECT_PAUSE_S, timeout))
 
@@ -164,6 +165,24 @@ def parse_address(text: str) -> tuple[str, int]:
     if not colon or not host or not port.isdecimal() or not 0 < int(port) < 65536:
         raise CommandFailed(f"--server takes host:port, such as {DEFAULT_SERVER}; got {text!r}", EXIT_USAGE)
     return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+Problem = type[BaseException] | None
+"""Why a server takes no connection; None: it does."""
+
+
+async def _first_success(attempts: list[Coroutine[Any, Any, Problem]]) -> list[Problem]:
+    """What came of the attempts, up to the first that succeeded: the others are given up."""
+    tasks = [asyncio.create_task(attempt) for attempt in attempts]
+    problems: list[Problem] = []
+    for done in asyncio.as_completed(tasks):
+        problems.append(await done)
+        if problems[-1] is None:
+            break
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    return problems
 
 
 async def _try(host: str, port: int, timeout: float) -> type[BaseException] | None:

@@ -9,7 +9,15 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
-from magnetar.metadata.records import VACANT, BookieRegistration, BookieState, LedgerRecord, Owner, ShardRecord
+from magnetar.metadata.records import (
+    VACANT,
+    BookieRegistration,
+    BookieState,
+    LedgerRecord,
+    LedgerState,
+    Owner,
+    ShardRecord,
+)
 
 NAMED_PROBLEMS_MAX = 20
 """Of one kind named one by one; the rest is counted."""
@@ -26,6 +34,8 @@ class Findings:
     lost_bookies: Counter[str] = field(default_factory=Counter)
     orphans: dict[str, set[int]] = field(default_factory=dict)
     unreadable: dict[int, set[int]] = field(default_factory=dict)
+    halted: dict[int, set[str]] = field(default_factory=dict)
+    """Shards whose open ledger takes nothing, and the bookies that it misses."""
 
     def ledger(self, record: LedgerRecord) -> None:
         missing = {bookie for bookie in record.bookies() if bookie not in self.bookies}
@@ -35,6 +45,10 @@ class Findings:
         self.under_replicated += bool(missing) or vacant
         if any(not any(bookie in self.bookies for bookie in fragment.bookies) for fragment in record.fragments):
             self.unreadable.setdefault(record.shard_id, set()).add(record.ledger_id)
+        members = record.fragments[-1].bookies
+        living = sum(bookie in self.bookies for bookie in members)
+        if record.state is LedgerState.OPEN and living < record.ack_quorum:
+            self.halted.setdefault(record.shard_id, set()).update({*members} - {VACANT} - {*self.bookies})
 
     def shard(self, record: ShardRecord) -> None:
         if record.owner is not None and record.owner not in self.sessions:
@@ -42,16 +56,17 @@ class Findings:
 
     @property
     def unavailable_shards(self) -> int:
-        return len(set(self.unreadable).union(*self.orphans.values()))
+        return len(set(self.unreadable).union(self.halted, *self.orphans.values()))
 
     def problems(self, ensemble_size: int) -> list[str]:
         """What is wrong, in words, each with what to do about it; empty = nothing."""
         return [
             *self._bookie_problems(ensemble_size),
             *_limited([_unreadable(shard, ledgers) for shard, ledgers in sorted(self.unreadable.items())], "shards"),
+            *_limited([_halted(shard, bookies) for shard, bookies in sorted(self.halted.items())], "shards"),
             *(
-                f"broker {broker} has no session and owns {len(shards)} shards: others take them over at first use, "
-                "and within a minute; start it again"
+                f"broker {broker} has no session and owns {len(shards)} shards: the other brokers take them over now; "
+                "start it again"
                 for broker, shards in sorted(self.orphans.items())
             ),
         ]
@@ -59,7 +74,8 @@ class Findings:
     def _bookie_problems(self, ensemble_size: int) -> list[str]:
         problems = _limited(
             [
-                f"bookie {bookie} has no session and {ledgers} ledgers name it: start it again, or decommission it"
+                f"bookie {bookie} has no session and {ledgers} ledgers name it: start it again; if its disk is lost, "
+                f"with an empty directory and --repair-bookie {bookie}"
                 for bookie, ledgers in sorted(self.lost_bookies.items())
             ],
             "bookies",
@@ -77,6 +93,11 @@ class Findings:
                 f"{ensemble_size - writable} more"
             )
         return problems
+
+
+def _halted(shard: int, bookies: set[str]) -> str:
+    missing = f"start {', '.join(sorted(bookies))} again" if bookies else "start more bookies"
+    return f"shard {shard}: publishing stands still, fewer bookies live than must acknowledge an entry: {missing}"
 
 
 def _unreadable(shard_id: int, ledgers: Collection[int]) -> str:

@@ -281,7 +281,8 @@ class ServedShards:
                 async with asyncio.timeout(CLOSE_S):
                     await shard.close(owner, address)
             except (*CLOSE_ERRORS, TimeoutError) as error:
-                log.warning("shard was not closed", shard=shard.shard_id, problem=str(error))
+                problem = str(error) or f"it took longer than {CLOSE_S:g} s"
+                log.warning("shard was not closed", shard=shard.shard_id, problem=problem)
                 shard.log.abandon()
                 shard.release("the broker is stopping")
             self._remove(shard)

@@ -1,0 +1,189 @@
+"""What clients saw, and what can be concluded from it at once. The rest is concluded at the end, in `checkers`.
+
+Every payload is sent by one producer, once, or again under the same sequence. So a payload names a message, and:
+
+- one place: a message stands at one offset of one shard, wherever and however often it is seen (no duplicate);
+- one log: at one offset of a shard stands one message, for every reader, consumer and answer to a producer, so nothing
+  that an old owner wrote after its fence is ever served, and all see one order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NoReturn
+
+
+class Violation(Exception):
+    """An invariant does not hold. The first word of the message names it."""
+
+
+@dataclass(slots=True)
+class Sent:
+    """A message as its producer knows it. `order` counts in the producer's life, a named one's through restarts."""
+
+    producer: str
+    order: int
+    topic: str
+    key: str | None
+    ordered: bool
+    """Keyless messages of one producer keep their order only if it has a name."""
+    unnumbered: str = ""
+    """The producer's name, if it has one and leaves numbering to the library."""
+    fenced: bool = False
+    """Somebody else has the producer's name already: it must not be stored."""
+    place: tuple[int, int] | None = None
+    confirmed: bool = False
+
+
+class Oracle:
+    """See the module. `fail` ends the run with a Violation."""
+
+    def __init__(self, now: Callable[[], float], fail: Callable[[str], NoReturn]) -> None:
+        self.now = now
+        self.fail = fail
+        self.sent: dict[bytes, Sent] = {}
+        self.log: dict[int, dict[int, bytes]] = {}
+        self.topics: dict[int, str] = {}
+        """Shard -> topic, as far as it was seen."""
+        self.subscriptions: dict[tuple[str, str], SubscriptionOracle] = {}
+        self.failed_calls = 0
+        self.known: dict[str, int] = {}
+        """Defects that are known and not mended yet, by name, and how often each was met: see README.md."""
+
+    def sending(self, payload: bytes, sent: Sent) -> None:
+        self.sent.setdefault(payload, sent)
+
+    def met(self, defect: str) -> None:
+        self.known[defect] = self.known.get(defect, 0) + 1
+
+    def confirmed(self, payload: bytes, shard: int, offset: int | None) -> None:
+        """A producer was answered."""
+        sent = self.sent[payload]
+        sent.confirmed = True
+        if offset is not None:
+            self.stands(payload, shard, offset, f"confirmed to {sent.producer}")
+
+    def stands(self, payload: bytes, shard: int, offset: int, where: str) -> Sent:
+        sent = self.sent.get(payload)
+        if sent is None:
+            self.fail(f"integrity: nobody sent this message: {where} shard={shard} offset={offset} {payload[:40]!r}")
+        if sent.fenced:
+            self.fail(f"fence: a producer that had lost its name stored: {where} {payload[:40]!r}")
+        there = self.log.setdefault(shard, {}).setdefault(offset, payload)
+        if there != payload:
+            self.fail(
+                f"one order: two messages at one offset: {where} shard={shard} offset={offset} "
+                f"{there[:40]!r} {payload[:40]!r}"
+            )
+        if sent.place is None:
+            sent.place = (shard, offset)
+            self.topics.setdefault(shard, sent.topic)
+        elif sent.place != (shard, offset):
+            self.fail(
+                f"duplicate: one message at two places: {where} {sent.place} and {(shard, offset)} {payload[:40]!r}"
+            )
+        return sent
+
+    def subscription(self, topic: str, name: str) -> SubscriptionOracle:
+        return self.subscriptions[topic, name]
+
+
+@dataclass(slots=True)
+class Cursor:
+    """What is known of a subscription in one shard.
+
+    floors       an ordered one: the ack floors that its cursor may have, by what was answered and what was not
+    settled_at   when an ack or seek was last answered
+    answered     a queue's: offset -> when its ack was answered
+    tried        offsets whose ack was sent, answered or not
+    first        offsets in the order in which somebody received them for the first time
+    """
+
+    floors: set[int] = field(default_factory=lambda: {0})
+    settled_at: float = 0.0
+    answered: dict[int, float] = field(default_factory=dict)
+    tried: set[int] = field(default_factory=set)
+    first: dict[int, None] = field(default_factory=dict)
+
+
+class SubscriptionOracle:
+    """A subscription that was created before the first message, at EARLIEST. Seeks go to what was received before."""
+
+    def __init__(self, oracle: Oracle, topic: str, name: str, *, ordered: bool, key_ordered: bool = False) -> None:
+        self.topic = topic
+        self.name = name
+        self.ordered = ordered
+        self.key_ordered = key_ordered
+        self._oracle = oracle
+        self.cursors: dict[int, Cursor] = {}
+
+    def cursor(self, shard: int) -> Cursor:
+        found = self.cursors.get(shard)
+        if found is None:
+            found = self.cursors[shard] = Cursor()
+        return found
+
+    def received(self, shard: int, offset: int, opened_at: float, *, certain: bool) -> None:
+        """By a consumer that was opened then.
+
+        certain   no broker that was replaced and does not know it can have given it out: such a one repeats what was
+                  acknowledged at its successor, which is no loss
+        """
+        cursor = self.cursor(shard)
+        if self.ordered and offset not in cursor.first and offset != len(cursor.first):
+            self._oracle.fail(
+                f"order: {self._named(shard)} got offset {offset} before {len(cursor.first)} was received by anyone"
+            )
+        cursor.first.setdefault(offset)
+        undone = certain and (
+            offset < min(cursor.floors) and opened_at > cursor.settled_at
+            if self.ordered
+            else cursor.answered.get(offset, opened_at) < opened_at
+        )
+        if undone:
+            self._oracle.fail(
+                f"ack undone: {self._named(shard)} got offset {offset}, acknowledged before its consumer was opened"
+            )
+
+    def opened_at(self, shard: int, offset: int) -> None:
+        """The first message of a shard that the only consumer got: where the cursor stood."""
+        floors = self.cursor(shard).floors
+        if offset not in floors and (offset < min(floors) or offset > max(floors)):
+            self._oracle.fail(f"ack undone: {self._named(shard)} began at {offset}, and may stand at {sorted(floors)}")
+
+    def acking(self, shard: int, offset: int) -> None:
+        """An ack is sent: cumulative, if ordered."""
+        cursor = self.cursor(shard)
+        if self.ordered:
+            cursor.floors |= {max(floor, offset + 1) for floor in cursor.floors}
+        else:
+            cursor.tried.add(offset)
+
+    def acked(self, shard: int, offset: int) -> None:
+        """It was answered: durable from now on."""
+        cursor = self.cursor(shard)
+        now = self._oracle.now()
+        if self.ordered:
+            cursor.floors = {max(floor, offset + 1) for floor in cursor.floors}
+            cursor.settled_at = now
+        else:
+            cursor.answered[offset] = now
+
+    def seeking(self, shard: int, offset: int) -> None:
+        self.cursor(shard).floors.add(offset)
+
+    def sought_to(self, shard: int, offset: int) -> None:
+        cursor = self.cursor(shard)
+        cursor.floors = {offset}
+        cursor.settled_at = self._oracle.now()
+
+    def must_come(self, shard: int, offset: int) -> bool:
+        """It is not acknowledged, whatever became of acks without an answer."""
+        cursor = self.cursors.get(shard)
+        if cursor is None:
+            return True
+        return offset >= max(cursor.floors) if self.ordered else offset not in cursor.tried
+
+    def _named(self, shard: int) -> str:
+        return f"subscription={self.name} topic={self.topic} shard={shard}"

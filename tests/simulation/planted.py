@@ -1,0 +1,163 @@
+"""Bugs to plant: each replaces one function of the code under test by one that makes a classic mistake.
+
+They show that the simulator finds what it is there for; see README.md for how many seeds each took.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from magnetar.bookie import reads
+from magnetar.bookie.collector import Collector
+from magnetar.bookie.entry_store import Damaged, GroupWrites
+from magnetar.bookie.group_commit import GroupCommit
+from magnetar.bookie.handlers import BookieHandlers
+from magnetar.bookie.judge import Fence, Remove
+from magnetar.broker import served
+from magnetar.broker.dedup import ProducerTable
+from magnetar.ledger.errors import LedgerLost
+from magnetar.ledger.recoverer import Recoverer
+from magnetar.ledger.recovery import AskEntries, AskLac
+from magnetar.managed_log.appender import Appender
+from magnetar.managed_log.cursor_ledger import CursorLedger
+from magnetar.managed_log.errors import Released
+from magnetar.metadata import shards
+from magnetar.metadata.shards import ShardMetadata
+
+
+def recovery_without_fencing() -> None:
+    drive = Recoverer._drive
+
+    def planted(self: Recoverer, effects: Sequence[Any]) -> None:
+        unfenced: list[Any] = []
+        for effect in effects:
+            match effect:
+                case AskLac(sequence, bookie, query):
+                    unfenced.append(AskLac(sequence, bookie, replace(query, fence=False)))
+                case AskEntries(sequence, bookie, group):
+                    unfenced.append(AskEntries(sequence, bookie, replace(group, fence=False)))
+                case _:
+                    unfenced.append(effect)
+        drive(self, unfenced)
+
+    Recoverer._drive = planted  # type: ignore[method-assign]
+
+
+def fence_answered_on_arrival() -> None:
+    async def planted(self: BookieHandlers, ledger_id: int, epoch: int, token: bytes) -> str:
+        self._commits.control(Fence(ledger_id, epoch, token))
+        return ""
+
+    BookieHandlers._fence = planted  # type: ignore[method-assign]
+
+
+def io_error_as_provably_not() -> None:
+    verified = reads.verified
+
+    def planted(value: bytes | Damaged | None, ledger_id: int, entry_id: int) -> bytes | Damaged | None:
+        found = verified(value, ledger_id, entry_id)
+        return None if isinstance(found, Damaged) else found
+
+    reads.verified = planted
+
+
+def ack_before_fsync() -> None:
+    async def planted(self: GroupCommit, writes: GroupWrites) -> None:
+        asyncio.get_running_loop().create_task(self._store.commit(writes))
+
+    GroupCommit._make_durable = planted  # type: ignore[method-assign]
+
+
+def owner_goes_on_after_a_lost_claim() -> None:
+    def planted(self: ShardMetadata, snapshot: Any) -> None:
+        self._in_doubt = False
+        if snapshot is not None:
+            self._adopt(snapshot)
+
+    ShardMetadata._lose = planted  # type: ignore[method-assign,assignment]
+
+
+def dedup_table_forgotten_at_takeover() -> None:
+    async def planted(shard_log: Any) -> ProducerTable:
+        return ProducerTable(shard_log.end_offset)
+
+    served.rebuild_producers = planted
+
+
+def cursor_deltas_answered_before_the_linking_txn() -> None:
+    async def planted(self: CursorLedger) -> None:
+        await self._link_next()
+        new = self._writer(self._shard.record.next_cursor)
+        self._take()
+        floors = self.table.floors()
+        payloads, covered_offset = self._encode_snapshot()
+        if not await self._add_all(new, payloads):
+            new.abandon()
+            await self._shard.change(self._drop_next)
+            return
+        self.covered_offset = covered_offset
+        self.table.stored_are(floors)
+        self._answer()
+        await self._shard.change(self._make_current)
+        if self._handle is not None:
+            self._handle.abandon()
+        self._handle, self._broken = new, False
+
+    CursorLedger._roll = planted  # type: ignore[method-assign]
+
+
+def next_ledger_written_before_the_last_ack() -> None:
+    async def planted(self: Appender) -> None:
+        left = self._leave()
+        waiting, self._in_flight = list(self._in_flight), deque()
+        end = replace(self.segment_end(left.length), end_offset=self._next_offset)
+        self._ending = end
+        self._chain.update(self.view(self._shard.record))
+        self._start(self._shard.ledgers[self._shard.record.next_ledger])
+        try:
+            await left.confirmed()
+        except LedgerLost:
+            self._shard.release(Released(None, "the ledger that was left is lost"))
+            return
+        self._complete(left.ledger_id, waiting)
+        await self._commit_end(end, await self._closed(left))
+
+    Appender._switch = planted  # type: ignore[method-assign]
+
+
+def claim_that_compares_only_the_shard_record() -> None:
+    claim_txn = shards.claim_txn
+
+    def planted(keyspace: Any, snapshot: Any, session: Any, mark: bytes, *, from_owner_alive: bool) -> Any:
+        txn = claim_txn(keyspace, snapshot, session, mark, from_owner_alive=from_owner_alive)
+        txn.compares = [c for c in txn.compares if c.key == keyspace.shard(snapshot.record.shard_id)]
+        return txn
+
+    shards.claim_txn = planted
+
+
+def collector_that_does_not_refuse_adds() -> None:
+    async def planted(self: Collector, ledger_id: int, shard_id: int) -> bool:
+        if await self._has_role(ledger_id, shard_id):
+            return False
+        return not (await self._commits.control(Remove(ledger_id, self._now_us()))).refusal
+
+    Collector._delete = planted  # type: ignore[method-assign]
+
+
+PLANTS: dict[str, Callable[[], None]] = {
+    "recovery reads without fencing": recovery_without_fencing,
+    "fencing read answered on arrival": fence_answered_on_arrival,
+    "io error as provably not": io_error_as_provably_not,
+    "ack before fsync": ack_before_fsync,
+    "owner goes on after a lost claim": owner_goes_on_after_a_lost_claim,
+    "dedup table forgotten at takeover": dedup_table_forgotten_at_takeover,
+    "cursor deltas answered before the linking txn": cursor_deltas_answered_before_the_linking_txn,
+    "next ledger written before the last add is acked": next_ledger_written_before_the_last_ack,
+    "claim that compares only the shard record": claim_that_compares_only_the_shard_record,
+    "collector that does not refuse adds": collector_that_does_not_refuse_adds,
+}
