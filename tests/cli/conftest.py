@@ -75,11 +75,17 @@ class Magnetar:
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("MAGNETAR", "GRPC_"))}
         self.environment = {**kept, "COLUMNS": "160", **({"MAGNETAR_SERVER": server} if server else {})}
 
-    def run(self, *arguments: object, input: bytes = b"", **popen: Any) -> Ran:
+    def run(self, *arguments: object, input: bytes = b"", closed: int | None = None, **popen: Any) -> Ran:
+        """`closed`: a descriptor that the command does not have."""
         if "stdin" not in popen:
             popen["input"] = input
+        shell = () if closed is None else ("sh", "-c", f'exec "$@" {closed}>&-', "sh")
         result = subprocess.run(
-            [*COMMAND, *map(str, arguments)], capture_output=True, timeout=TIMEOUT_S, env=self.environment, **popen
+            [*shell, *COMMAND, *map(str, arguments)],
+            capture_output=True,
+            timeout=TIMEOUT_S,
+            env=self.environment,
+            **popen,
         )
         return Ran(result.returncode, result.stdout.decode(), result.stderr.decode())
 

@@ -172,12 +172,12 @@ def test_sizes_and_times_have_units() -> None:
 
 @pytest.mark.parametrize("arguments", [("topics", "list"), ("--version",), ("produce", "t", "--dry-run")])
 def test_a_closed_standard_output_is_named(magnetar: Any, arguments: tuple[str, ...]) -> None:
-    ran = magnetar.run(*arguments, preexec_fn=lambda: os.close(1))
+    ran = magnetar.run(*arguments, closed=1)
     assert ran.is_refused(1, "standard output is closed", "/dev/null")
 
 
 def test_a_closed_standard_input_is_an_empty_one_and_a_closed_standard_error_is_silence(magnetar: Any) -> None:
-    ran = magnetar.run(*DRY, stdin=None, preexec_fn=lambda: os.close(0))
+    ran = magnetar.run(*DRY, stdin=None, closed=0)
     assert (ran.code, counted(ran.out)) == (0, 0)
-    ran = magnetar.run("topics", "list", "--frobnicate", preexec_fn=lambda: os.close(2))
+    ran = magnetar.run("topics", "list", "--frobnicate", closed=2)
     assert (ran.code, ran.out, ran.err) == (2, "", "")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import select
 import subprocess
 import time
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from magnetar.cli.child import MAGNETAR, end_with_parent
+from magnetar.cli.child import MAGNETAR, child_environment
 from magnetar.cli.command import EXIT_USAGE, CommandFailed
 
 START_S = 60.0
@@ -92,8 +91,7 @@ def _start(running: ExitStack, role: str, name: str, assignments: Sequence[str])
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         process_group=0,
-        env={"MAGNETAR_LOG": "error", **os.environ},
-        preexec_fn=end_with_parent(),
+        env=child_environment(MAGNETAR_LOG="error"),
     )
     running.callback(_stop, process)
     return Member(name, process)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from magnetar.cli.child import end_with_parent
 from magnetar.cli.command import EXIT_ERROR, EXIT_USAGE, Output, fail
 from magnetar.cli.output import emit_json, emit_table, note
 
@@ -41,6 +42,7 @@ def run_role_process(
     output: Output,
 ) -> None:
     """Loads the settings of `role` and runs what `start` imports. Whatever refuses is one line and exit code 1 or 2."""
+    end_with_parent()
     with _installed():
         from magnetar.cli.roles import process
     try:

@@ -21,7 +21,7 @@ from contextlib import suppress
 
 import structlog
 
-from magnetar.cli.child import MAGNETAR, end_with_parent
+from magnetar.cli.child import MAGNETAR, child_environment
 from magnetar.cli.roles.process import RoleRefused
 from magnetar.node.settings import BrokerSettings, split_address
 from magnetar.node.telemetry import configure_logging
@@ -145,7 +145,7 @@ class Worker:
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             start_new_session=True,
-            preexec_fn=end_with_parent(),
+            env=child_environment(),
             limit=LINE_BYTES_MAX,
         )
         self._process = process
