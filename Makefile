@@ -17,8 +17,8 @@ demo: $(VENV)/.server ## Publish and read 27,004 real flights, kill the server, 
 test: $(VENV)/.dev ## The fast test suite
 	$(BIN)/python -m pytest
 
-cluster-test: $(VENV)/.dev ## Kill, pause, cut off and fill a cluster of real processes under load
-	$(BIN)/python -m pytest tests/cluster -s
+cluster-test: $(VENV)/.dev ## Kill, pause, cut off and fill a cluster of real processes under load; ONLY= names some tests
+	$(BIN)/python -m pytest -s $(or $(ONLY),tests/cluster)
 
 sim: $(VENV)/.dev ## Simulated clusters under faults: SEEDS=n (FIRST=x fixes the first), or SEED=x again
 	$(BIN)/python tests/simulation/run.py $(if $(SEED),--seed $(SEED),--seeds $(or $(SEEDS),100) $(if $(FIRST),--first $(FIRST)))

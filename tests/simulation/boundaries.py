@@ -44,6 +44,8 @@ class Boundaries:
         """The highest LAC that a writer of the ledger has sent."""
         self._ledgers: dict[int, LedgerRecord] = {}
         self._shards: dict[int, ShardRecord] = {}
+        self.on_claim: Callable[[int], None] = lambda shard: None
+        """Hears of each shard whose epoch grew."""
 
     # --- bookies ---
 
@@ -97,6 +99,10 @@ class Boundaries:
         store = self._disks[bookie].store
         return store.durable_entries(ledger_id) if store is not None else ()
 
+    def ledgers(self) -> list[LedgerRecord]:
+        """As they were last written, deleted ones too."""
+        return list(self._ledgers.values())
+
     def shard(self, shard_id: int) -> ShardRecord | None:
         """As it was last written."""
         return self._shards.get(shard_id)
@@ -138,6 +144,8 @@ class Boundaries:
         if before is not None and record.epoch < before.epoch:
             self._fail(f"epoch: a shard's epoch fell: {before} {record}")
         owner, old = record.owner, None if before is None else before.owner
+        if before is not None and record.epoch > before.epoch:
+            self.on_claim(record.shard_id)
         if owner is None or owner == old:
             return
         if not self._lives(owner.broker_id, owner.session):

@@ -106,7 +106,7 @@ async def _drain(
             for message in messages:
                 place = place_of(message)
                 oracle.stands(message.payload, *place, f"drained from {subscription.name}")
-                subscription.received(*place, opened_at, certain=True)
+                subscription.received(*place, opened_at, certain=lambda since: True)
                 missing.discard(place)
             if not messages and not missing:
                 return
@@ -165,6 +165,12 @@ def check_key_order(oracle: Oracle, subscription: SubscriptionOracle) -> None:
 
 
 # --- what stands in the metadata store and on the disks ---
+
+
+def undecidable(world: World) -> bool:
+    """A disk was lost whose bookie has a place in a ledger that is being recovered: that may never be decided."""
+    open_ledgers = [ledger for ledger in world.boundaries.ledgers() if ledger.state is LedgerState.IN_RECOVERY]
+    return any(name in ledger.fragments[-1].bookies for ledger in open_ledgers for name in world.lost_disks)
 
 
 async def check_storage(world: World, oracle: Oracle) -> None:

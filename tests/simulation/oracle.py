@@ -94,15 +94,15 @@ class Cursor:
     """What is known of a subscription in one shard.
 
     floors       an ordered one: the ack floors that its cursor may have, by what was answered and what was not
-    settled_at   when an ack or seek was last answered
-    answered     a queue's: offset -> when its ack was answered
+    settled      when an ack or seek was last answered, and whether that is certain: see `SubscriptionOracle.received`
+    answered     a queue's: offset -> the same of its ack
     tried        offsets whose ack was sent, answered or not
     first        offsets in the order in which somebody received them for the first time
     """
 
     floors: set[int] = field(default_factory=lambda: {0})
-    settled_at: float = 0.0
-    answered: dict[int, float] = field(default_factory=dict)
+    settled: tuple[float, bool] = (0.0, True)
+    answered: dict[int, tuple[float, bool]] = field(default_factory=dict)
     tried: set[int] = field(default_factory=set)
     first: dict[int, None] = field(default_factory=dict)
 
@@ -124,11 +124,13 @@ class SubscriptionOracle:
             found = self.cursors[shard] = Cursor()
         return found
 
-    def received(self, shard: int, offset: int, opened_at: float, *, certain: bool) -> None:
-        """By a consumer that was opened then.
+    def received(
+        self, shard: int, offset: int, opened_at: float, *, again: bool = False, certain: Callable[[float], bool]
+    ) -> None:
+        """By a consumer that was opened then; `again`: it had received it before.
 
-        certain   no broker that was replaced and does not know it can have given it out: such a one repeats what was
-                  acknowledged at its successor, which is no loss
+        certain   tells of a time whether no broker that was replaced and does not know it can have given anything out
+                  since: such a one repeats what was acknowledged at its successor, which is no loss
         """
         cursor = self.cursor(shard)
         if self.ordered and offset not in cursor.first and offset != len(cursor.first):
@@ -136,14 +138,15 @@ class SubscriptionOracle:
                 f"order: {self._named(shard)} got offset {offset} before {len(cursor.first)} was received by anyone"
             )
         cursor.first.setdefault(offset)
-        undone = certain and (
-            offset < min(cursor.floors) and opened_at > cursor.settled_at
-            if self.ordered
-            else cursor.answered.get(offset, opened_at) < opened_at
-        )
-        if undone:
+        answered = cursor.answered.get(offset)
+        if self.ordered and offset < min(cursor.floors):
+            answered = cursor.settled
+        if answered is None:
+            return
+        answered_at, was_certain = answered
+        if (again or opened_at > answered_at) and was_certain and certain(answered_at):
             self._oracle.fail(
-                f"ack undone: {self._named(shard)} got offset {offset}, acknowledged before its consumer was opened"
+                f"ack undone: {self._named(shard)} got offset {offset}, whose ack was answered at {answered_at}"
             )
 
     def opened_at(self, shard: int, offset: int) -> None:
@@ -160,23 +163,23 @@ class SubscriptionOracle:
         else:
             cursor.tried.add(offset)
 
-    def acked(self, shard: int, offset: int) -> None:
+    def acked(self, shard: int, offset: int, *, certain: bool) -> None:
         """It was answered: durable from now on."""
         cursor = self.cursor(shard)
-        now = self._oracle.now()
+        answered = self._oracle.now(), certain
         if self.ordered:
             cursor.floors = {max(floor, offset + 1) for floor in cursor.floors}
-            cursor.settled_at = now
+            cursor.settled = answered
         else:
-            cursor.answered[offset] = now
+            cursor.answered[offset] = answered
 
     def seeking(self, shard: int, offset: int) -> None:
         self.cursor(shard).floors.add(offset)
 
-    def sought_to(self, shard: int, offset: int) -> None:
+    def sought_to(self, shard: int, offset: int, *, certain: bool) -> None:
         cursor = self.cursor(shard)
         cursor.floors = {offset}
-        cursor.settled_at = self._oracle.now()
+        cursor.settled = self._oracle.now(), certain
 
     def must_come(self, shard: int, offset: int) -> bool:
         """It is not acknowledged, whatever became of acks without an answer."""

@@ -27,6 +27,7 @@ from magnetar.managed_log.cursor_ledger import CursorLedger
 from magnetar.managed_log.errors import Released
 from magnetar.metadata import shards
 from magnetar.metadata.shards import ShardMetadata
+from magnetar.metadata.store import MetadataUnavailable
 
 
 def recovery_without_fencing() -> None:
@@ -142,7 +143,10 @@ def claim_that_compares_only_the_shard_record() -> None:
 
 def collector_that_does_not_refuse_adds() -> None:
     async def planted(self: Collector, ledger_id: int, shard_id: int) -> bool:
-        if await self._has_role(ledger_id, shard_id):
+        try:
+            if await self._has_role(ledger_id, shard_id):
+                return False
+        except MetadataUnavailable:
             return False
         return not (await self._commits.control(Remove(ledger_id, self._now_us()))).refusal
 

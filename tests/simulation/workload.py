@@ -11,6 +11,7 @@ import math
 import random
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from simulation.loop import Process
@@ -366,12 +367,13 @@ class Consuming:
         alone = {shard: actor.world.served_alone(shard) for shard in self._oracle.cursors}
         async with self._consumer(client) as consumer:
             begun: set[int] = set()
+            answered: set[tuple[int, int]] = set()
             while actor.take():
                 messages = await consumer.receive_batch(actor.rng.choice([1, 10, 100]), timeout=RECEIVE_S)
                 for message in messages:
-                    self._received(message, opened_at, begun, alone)
+                    self._received(message, opened_at, begun, answered, alone)
                 if messages and actor.take():
-                    await self._answer(consumer, messages)
+                    await self._answer(consumer, messages, answered)
                 if self._subscription == "seeks" and actor.rng.random() < 0.15 and actor.take():
                     await self._seek(consumer)
                 if actor.rng.random() < 0.05:
@@ -390,18 +392,30 @@ class Consuming:
             start=EARLIEST,
         )
 
-    def _received(self, message: Message, opened_at: float, begun: set[int], alone: dict[int, int]) -> None:
+    def _received(
+        self,
+        message: Message,
+        opened_at: float,
+        begun: set[int],
+        answered: set[tuple[int, int]],
+        alone: dict[int, int],
+    ) -> None:
+        """`answered`: what this very consumer acknowledged, and was told that it is durable; it never comes here again.
+
+        What another one acknowledged may: a message that was given back can wait at two consumers.
+        """
         shard, offset = place_of(message)
         self._actor.oracle.stands(message.payload, shard, offset, f"received by {self._actor.name}")
-        epoch = alone.get(shard, 0)
-        certain = epoch != 0 and epoch == self._actor.world.served_alone(shard)
+        world, epoch = self._actor.world, alone.get(shard, 0)
+        alone_since_opening = epoch != 0 and epoch == world.served_alone(shard)
         if self._subscription == "seeks" and shard not in begun:
             begun.add(shard)
-            if certain:
+            if alone_since_opening:
                 self._oracle.opened_at(shard, offset)
-        self._oracle.received(shard, offset, opened_at, certain=certain)
+        again = self._subscription != "seeks" and (shard, offset) in answered
+        self._oracle.received(shard, offset, opened_at, again=again, certain=partial(world.certain_since, shard))
 
-    async def _answer(self, consumer: Consumer, messages: list[Message]) -> None:
+    async def _answer(self, consumer: Consumer, messages: list[Message], answered: set[tuple[int, int]]) -> None:
         """Acknowledges all, some, or gives back."""
         rng = self._actor.rng
         if isinstance(consumer, QueueConsumer):
@@ -418,7 +432,9 @@ class Consuming:
         if waiting and rng.random() < 0.6:
             for message, acknowledgement in waiting:
                 await acknowledgement
-                self._oracle.acked(*place_of(message))
+                shard, offset = place_of(message)
+                answered.add((shard, offset))
+                self._oracle.acked(shard, offset, certain=self._actor.world.served_alone(shard) != 0)
 
     async def _seek(self, consumer: Consumer) -> None:
         """To a message that was received before, in one shard, or to the beginning of all."""
@@ -436,7 +452,7 @@ class Consuming:
             self._oracle.seeking(shard, offset)
         await consumer.seek(position)
         for shard, offset in targets.items():
-            self._oracle.sought_to(shard, offset)
+            self._oracle.sought_to(shard, offset, certain=self._actor.world.served_alone(shard) != 0)
 
 
 class Reading:

@@ -96,6 +96,7 @@ class World:
         self.clients: dict[str, Process] = {}
         self._gone: dict[Process, asyncio.Future[None]] = {}
         self.lost_disks: list[str] = []
+        self._replaced_at: dict[int, float] = {}
         self._dead: list[Any] = []
         """Tasks of killed processes: were they let go, Python would run their clean-up code."""
         for number in range(shape.bookies):
@@ -109,6 +110,7 @@ class World:
     def watch_boundaries(self, fail: Callable[[str], NoReturn]) -> None:
         """Looks at every answer of a bookie and every change of metadata from now on."""
         self.boundaries = Boundaries(fail, self.disks, self.metadata.store, self.keyspace)
+        self.boundaries.on_claim = self._claimed
         self.reachable.boundaries = self.metadata.boundaries = self.boundaries
 
     @property
@@ -208,6 +210,15 @@ class World:
         if name == self.metadata.process.name:
             return self.metadata.process
         return self.hosts[name].process if name in self.hosts else self.clients.get(name)
+
+    def _claimed(self, shard: int) -> None:
+        """If somebody else serves the shard still, it may go on for a while, and give out what it knows."""
+        if not self.served_alone(shard):
+            self._replaced_at[shard] = self.loop.time()
+
+    def certain_since(self, shard: int, since: float) -> bool:
+        """No broker whose shard was claimed by another one has served it after that time, if none did then."""
+        return self.served_alone(shard) != 0 and self._replaced_at.get(shard, -1.0) < since
 
     def served_alone(self, shard: int) -> int:
         """The shard's epoch if nobody but its recorded owner serves it, else 0."""
