@@ -95,7 +95,7 @@ class Cursor:
 
     floors       an ordered one: the ack floors that its cursor may have, by what was answered and what was not
     settled      when an ack or seek was last answered, and whether that is certain: see `SubscriptionOracle.received`
-    answered     a queue's: offset -> the same of its ack
+    answered     offset -> the same of the first ack that named it
     tried        offsets whose ack was sent, answered or not
     first        offsets in the order in which somebody received them for the first time
     """
@@ -139,8 +139,8 @@ class SubscriptionOracle:
             )
         cursor.first.setdefault(offset)
         answered = cursor.answered.get(offset)
-        if self.ordered and offset < min(cursor.floors):
-            answered = cursor.settled
+        if self.ordered and not again:
+            answered = cursor.settled if offset < min(cursor.floors) else None
         if answered is None:
             return
         answered_at, was_certain = answered
@@ -170,8 +170,8 @@ class SubscriptionOracle:
         if self.ordered:
             cursor.floors = {max(floor, offset + 1) for floor in cursor.floors}
             cursor.settled = answered
-        else:
-            cursor.answered[offset] = answered
+        # The first time counts: what was given out before it was acknowledged again may still wait at a consumer.
+        cursor.answered.setdefault(offset, answered)
 
     def seeking(self, shard: int, offset: int) -> None:
         self.cursor(shard).floors.add(offset)
