@@ -23,8 +23,10 @@ from magnetar.metadata.codec import decode_ledger, encode_ledger
 from magnetar.metadata.records import Fragment, LedgerPurpose, LedgerRecord
 from magnetar.metadata.store import Delete, KeyValue, MetadataUnavailable, Put, absent, unchanged
 
-PAUSE_S = 0.25
+PAUSE_S = 0.1
 ATTEMPTS = 4
+MOVED_BACK = 0.7
+"""Share of the moves to a bookie that has just been left, where a collector may be about to delete the old copy."""
 
 
 class Repair:
@@ -43,6 +45,8 @@ class Repair:
         }
         self.task = world.spawn(process, self._run(), "repair")
         self.moved = 0
+        self._left: dict[int, str] = {}
+        """Ledger -> the bookie that its last move left."""
 
     async def stop(self) -> None:
         self._stopping = True
@@ -68,6 +72,8 @@ class Repair:
         if not targets:
             return
         source, target = self._rng.choice(sorted(record.bookies())), self._rng.choice(targets)
+        if self._left.get(record.ledger_id) in targets and self._rng.random() < MOVED_BACK:
+            target = self._left[record.ledger_id]
         claim = await self._claim(item, target, record.ledger_id)
         if claim:
             copied = await self._copy(record, source, target)
@@ -121,6 +127,7 @@ class Repair:
                 result = await self._metadata.txn([unchanged(key, claim)], operations)
                 if result.succeeded:
                     self.moved += 1
+                    self._left[record.ledger_id] = source
                     return
             except MetadataUnavailable:
                 pass

@@ -36,8 +36,8 @@ from simulation.repair import Repair  # noqa: E402
 from simulation.workload import CALLS, KEPT, Scene, Workload  # noqa: E402
 from simulation.world import Shape, World  # noqa: E402
 
-REPAIRED_SEEDS = 0.3
-"""Share of the seeds in which copies of closed ledgers are moved."""
+REPAIRED_SEEDS = 0.6
+"""Share of the seeds with busy collectors in which copies of closed ledgers are moved."""
 ALL_PLANTS = "all"
 FAULTS_S = 40.0
 """Virtual seconds after which faults end, if the calls are not used up before."""
@@ -68,14 +68,14 @@ class Simulation:
         shape = Shape(
             lease_s=rng.choice([1.0, 2.0, 5.0]),
             segment_s=rng.choice([3.0, 10.0, 3600.0]),
-            gc_interval_s=rng.choice([1.0, 5.0, 60.0]),
+            gc_interval_s=rng.choice([0.5, 0.5, 5.0, 60.0]),
         )
         self.world = World(seed, shape, self._unexpected)
         self.oracle = Oracle(self.world.loop.time, self._fail)
         self.world.watch_boundaries(self._fail)
         self.workload = Workload(self.world, self.oracle, Scene.draw(rng, calls), seed)
         self.faults = Faults(self.world, seed)
-        self.repairs = rng.random() < REPAIRED_SEEDS
+        self.repairs = shape.gc_interval_s < 1.0 and rng.random() < REPAIRED_SEEDS
 
     def run(self) -> str:
         """The invariant that was violated, or nothing."""

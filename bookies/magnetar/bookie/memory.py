@@ -85,7 +85,8 @@ class MemoryEntryStore:
 
         survives   what is found of the group that was being committed: none of it, all, or a part
         """
-        doubt = "groups are missing" if lose_groups else ""
+        # A doubt lasts until a group is committed, however often the process ends before that.
+        doubt = "groups are missing" if lose_groups else self.doubt
         store = MemoryEntryStore(sync, doubt=doubt, is_damaged=self._is_damaged)
         kept = _Contents(meta=self._durable.meta, groups=1) if lose_groups else self._durable
         store._durable, store._written = kept.copy(), kept.copy()
