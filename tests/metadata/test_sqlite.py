@@ -246,8 +246,9 @@ async def test_concurrent_transactions_share_one_commit_and_see_each_other(path:
     async with await SqliteStore.open(path) as store:
         statements: list[str] = []
         await trace(store, statements.append)
-        go_on = threading.Event()
-        held = asyncio.ensure_future(store.engine.ask(lambda tables: go_on.wait(10)))
+        begun, go_on = threading.Event(), threading.Event()
+        held = asyncio.ensure_future(store.engine.ask(lambda tables: (begun.set(), go_on.wait(10))[1]))
+        assert await asyncio.to_thread(begun.wait, 10)  # else it may share its group with the first calls
         calls = [store.txn([absent("k")], [Put("k", b"%d" % i)]) for i in range(100)]
         results = asyncio.gather(*calls)
         read = asyncio.ensure_future(store.get("k"))

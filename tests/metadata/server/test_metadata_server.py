@@ -208,8 +208,9 @@ async def execute(server: MetadataServer, statement: str) -> Any:
 async def test_requests_that_wait_together_share_one_sync(server: MetadataServer, ask: Ask) -> None:
     statements: list[str] = []
     await server._engine.ask(lambda tables: tables._connection.set_trace_callback(statements.append))
-    go_on = threading.Event()
-    held = asyncio.ensure_future(server._engine.ask(lambda tables: go_on.wait(WAIT_S)))
+    begun, go_on = threading.Event(), threading.Event()
+    held = asyncio.ensure_future(server._engine.ask(lambda tables: (begun.set(), go_on.wait(WAIT_S))[1]))
+    assert await asyncio.to_thread(begun.wait, WAIT_S)  # else it may share its group with the first calls
     calls = [asyncio.ensure_future(put(ask, b"%d" % i)) for i in range(50)]
     async with asyncio.timeout(WAIT_S):
         while server._engine._waiting < 51:  # noqa: ASYNC110
