@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from magnetar.cli.child import end_with_parent
 from magnetar.cli.command import EXIT_ERROR, Output, OutputOption, directory, fail
 from magnetar.cli.output import emit_json
 from magnetar.cli.role_process import warn_of_exposure
@@ -41,6 +42,7 @@ def standalone(
     output: OutputOption = Output.table,
 ) -> None:
     """Runs a whole cluster in one process until Ctrl-C; the data stays in --data-dir."""
+    end_with_parent()
     try:
         from magnetar.cli.roles import standalone as roles
     except ModuleNotFoundError as error:
