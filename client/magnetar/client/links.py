@@ -240,6 +240,11 @@ class ShardLink(ABC, Generic[StreamT]):
 
     # --- patience ---
 
+    @property
+    def silent(self) -> bool:
+        """Something is waited for, and nothing has moved for SILENCE_S."""
+        return self._timer is not None and self._waiting() and self._loop.time() - self._moved_at >= SILENCE_S
+
     def _watch(self) -> None:
         """Something is waited for from now on, or still."""
         if self._timer is None and not self._stopped:
