@@ -90,7 +90,7 @@ def run_role(
         except expected as refusal:
             raise RoleRefused(str(refusal)) from None
         finally:
-            await parts.close()
+            await parts.close_in_time()
 
     lifecycle.run(main)
 
