@@ -402,12 +402,16 @@ async def test_health_names_a_lost_bookie_and_what_to_do(
     assert any(stands in problem and "start bookie1, bookie2 again" in problem for problem in found.problems)
 
 
-async def test_health_counts_shards_whose_owner_is_gone(cluster: Cluster, broker: Broker, calls: Calls) -> None:
+async def test_health_counts_shards_whose_owner_is_gone(
+    cluster: Cluster, broker: Broker, calls: Calls, connect: Callable[[Broker], Calls], monkeypatch: pytest.MonkeyPatch
+) -> None:
     shard = (await calls.create_topic()).shards[0].shard_id
     await broker.shard(TOPIC, shard)
+    observer = await cluster.start_broker("observer")
+    monkeypatch.setattr(observer._takeovers, "want", lambda shards: None)
     await broker.ownership.close()
-    found = await health(calls)
-    assert (found.healthy, found.brokers, found.unavailable_shards) == (False, 0, 1)
+    found = await health(connect(observer))
+    assert (found.healthy, found.brokers, found.unavailable_shards) == (False, 1, 1)
     assert any("broker broker0 has no session and owns 1 shards" in problem for problem in found.problems)
 
 

@@ -196,3 +196,20 @@ async def test_brokers_that_send_each_other_on_are_asked_a_bounded_number_of_tim
     found = await describe(topic.calls["a"])
     assert len(asked) <= 12 * 2 * 3
     assert len([why for why in found.waiting_for if "nobody answers" in why]) == 12
+
+
+async def test_a_broker_without_a_session_says_at_once_that_the_metadata_store_is_away(
+    cluster: Cluster, connect: Connect
+) -> None:
+    broker = await cluster.start_broker()
+    calls = connect(broker)
+    await calls.create_topic()
+    cluster.store.refused_keys.add(KEYSPACE.broker("broker0"))
+    await cluster.end_session(broker)
+    await eventually(lambda: broker.ownership.session is None)
+    error = await refusal(calls.describe_topic())
+    assert error.reason == common_pb2.ERROR_REASON_UNAVAILABLE
+    assert error.message.startswith("the metadata store does not answer: ")
+    cluster.store.refused_keys.clear()
+    await eventually(lambda: broker.ownership.session is not None)
+    assert (await calls.describe_topic()).topic == TOPIC

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -21,6 +22,8 @@ import pytest
 from magnetar.cli.roles import workers
 from magnetar.cli.roles.process import RoleRefused
 from magnetar.cli.roles.workers import Worker, worker_assignments
+from magnetar.metadata.etcd import EtcdMetadata
+from magnetar.metadata.store import MetadataUnavailable, Put
 from magnetar.node.settings import BrokerSettings
 
 pytestmark = pytest.mark.timeout(180)
@@ -122,7 +125,13 @@ def test_the_environment_of_a_role_is_read_and_its_unknown_keys_refused(
 
 
 def test_a_metadata_store_that_is_not_there_is_named_after_a_bounded_wait(roles: Roles, refusing_address: str) -> None:
-    words = (refusing_address, "does not answer", "magnetar metadata", "--set metadata=etcd://HOST:PORT")
+    words = (
+        refusing_address,
+        "nothing listens there",
+        "does not answer",
+        "magnetar metadata",
+        "--set metadata=etcd://HOST:PORT",
+    )
     url = f"metadata=etcd://{refusing_address}"
     assert roles.refused("broker", "id=b", url, "metadata_wait_s=1", words=words)
     with socket.create_server(("127.0.0.1", 0)) as silent:
@@ -149,11 +158,10 @@ def catches(pid: int, number: signal.Signals) -> bool:
 
 def test_what_answers_but_is_no_metadata_store_is_named(roles: Roles, metadata: dict[str, Any], tmp_path: Path) -> None:
     # The HTTP of a role, and the gRPC of a bookie.
-    url = f"metadata=etcd://{metadata['http']}"
-    assert roles.refused("broker", "id=b", url, "metadata_wait_s=1", words=(metadata["http"], "does not answer"))
     _, bookie = roles.start("bookie", "id=foreign", f"data_dir={tmp_path}", metadata["url"])
-    url = f"metadata=etcd://{bookie['address']}"
-    assert roles.refused("broker", "id=b", url, words=(bookie["address"], "not an etcd"))
+    for address in (metadata["http"], bookie["address"]):
+        words = (address, "is no metadata store", "not an etcd", "--set metadata=etcd://HOST:PORT")
+        assert roles.refused("broker", "id=b", f"metadata=etcd://{address}", words=words)
 
 
 def test_a_store_of_another_cluster_is_refused_unless_a_new_one_is_wanted(
@@ -178,8 +186,12 @@ def test_a_store_of_another_cluster_is_refused_unless_a_new_one_is_wanted(
 
 def test_a_second_broker_of_one_id_waits_one_lease_and_is_refused(roles: Roles, metadata: dict[str, Any]) -> None:
     first, line = roles.start("broker", "id=twin", "lease_s=1", metadata["url"])
+    second = roles.start_silently("broker", "id=twin", "lease_s=1", metadata["url"])
+    waits = json.loads(second.process.stderr.readline())
+    assert "the id is registered: waiting for that session to end" in waits["event"]
+    assert (waits["key"], waits["wait_s"]) == ("/magnetar/magnetar/brokers/twin", 3.1)
     words = ("id is in use by a living process", "stop it or choose another id", "twin")
-    assert roles.refused("broker", "id=twin", "lease_s=1", metadata["url"], words=words)
+    assert second.end(None).is_refused(1, *words)
     assert json.loads(fetch(line["http"], "readyz")[1]) == {"ok": True, "problems": []}
     assert first.end(signal.SIGTERM).code == 0
     # One that was killed leaves its id after its lease.
@@ -272,6 +284,25 @@ def test_a_second_signal_ends_a_role_that_still_stops(roles: Roles, tmp_path: Pa
     store.process.send_signal(signal.SIGCONT)
 
 
+def test_a_metadata_server_whose_database_failed_ends_so_that_it_is_started_again(roles: Roles, tmp_path: Path) -> None:
+    store, line = roles.start("metadata", f"data_dir={tmp_path}")
+
+    async def write() -> None:
+        async with await EtcdMetadata.open(f"etcd://{line['address']}") as metadata:
+            await metadata.txn([], [Put("/magnetar/k", b"v")])
+
+    asyncio.run(write())
+    # Its disk takes nothing more.
+    resource.prlimit(store.process.pid, resource.RLIMIT_FSIZE, (0, 0))
+    with pytest.raises(MetadataUnavailable):
+        asyncio.run(write())
+    ended = store.end(None)
+    assert ended.code == 1
+    assert ended.err.splitlines()[-1].startswith("magnetar: the metadata database failed and must be opened again: ")
+    store, line = roles.start("metadata", f"data_dir={tmp_path}")
+    asyncio.run(write())
+
+
 # --- workers ---
 
 
@@ -300,15 +331,14 @@ def test_workers_end_with_a_supervisor_that_is_killed(roles: Roles, metadata: di
     until(lambda: not Path(f"/proc/{child}").exists() or is_zombie(child))
 
 
-def test_a_worker_that_cannot_start_ends_all(magnetar: Any, metadata: dict[str, Any]) -> None:
+def test_workers_that_cannot_start_end_all_with_one_line(magnetar: Any, metadata: dict[str, Any]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        address = f"listen=127.0.0.1:{taken.getsockname()[1]}"
-        ports = (address, "http_listen=127.0.0.1:0", metadata["url"])
-        ran = magnetar.run("broker", *options("id=x", *ports), "--workers", 1)
-    assert ran.code == 1
-    refusal, consequence = ran.err.splitlines()
-    assert "cannot listen" in refusal
-    assert consequence == "magnetar: worker x-0 did not start, for the reason above"
+        ports = ("listen=127.0.0.1:0", f"http_listen=127.0.0.1:{taken.getsockname()[1]}", metadata["url"])
+        one = magnetar.run("broker", *options("id=x", *ports), "--workers", 1)
+        assert one.is_refused(1, "worker x-0 did not start: cannot listen on 127.0.0.1:")
+    silent = ("listen=127.0.0.1:0", "metadata=etcd://127.0.0.1:1", "metadata_wait_s=1")
+    both = magnetar.run("broker", *options("id=x", *silent), "--workers", 2)
+    assert both.is_refused(1, "did not start: the metadata store does not answer")
 
 
 def children_of(pid: int) -> list[int]:

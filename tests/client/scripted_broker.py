@@ -132,6 +132,7 @@ class ScriptedCluster:
         """Why a reader is not opened."""
         self.on_close: Callable[[], common_pb2.Error | None] = lambda: None
         """What closing a consumer ends with."""
+        self.on_admin: Callable[[ScriptedBroker], common_pb2.Error | None] = lambda broker: None
         self.pushes = False
         """Brokers push layouts: at `push`, and to whoever begins to watch."""
         self.opens = 0
@@ -267,7 +268,8 @@ class ScriptedBroker:
         handlers["Consume"] = grpc.stream_stream_rpc_method_handler(self._consume)
         if self.cluster.pushes:
             handlers["WatchLayout"] = grpc.unary_stream_rpc_method_handler(self._watch_layout)
-        admin = {"ListTopics": grpc.unary_unary_rpc_method_handler(self._list_topics)}
+        calls = {"ListTopics": self._list_topics, "CreateTopic": self._create_topic}
+        admin = {name: grpc.unary_unary_rpc_method_handler(method) for name, method in calls.items()}
         self._server.add_generic_rpc_handlers(
             (
                 grpc.method_handlers_generic_handler("magnetar.v1.BrokerService", handlers),
@@ -342,8 +344,19 @@ class ScriptedBroker:
             producer_id=producer_id, epoch=self.cluster.epochs[name]
         ).SerializeToString()
 
-    async def _list_topics(self, data: bytes, context: Any) -> bytes:
+    async def _create_topic(self, data: bytes, context: Any) -> bytes:
+        await self._administer(context)
+        topic = self.cluster.create(admin_pb2.CreateTopicRequest.FromString(data).topic)
+        return admin_pb2.CreateTopicResponse(topic=admin_pb2.TopicDescription(topic=topic.name)).SerializeToString()
+
+    async def _administer(self, context: Any) -> None:
         await self.answering.wait()
+        refused = self.cluster.on_admin(self)
+        if refused is not None:
+            await self._refuse(context, refused)
+
+    async def _list_topics(self, data: bytes, context: Any) -> bytes:
+        await self._administer(context)
         return admin_pb2.ListTopicsResponse(topics=sorted(self.cluster.topics)).SerializeToString()
 
     # --- streams ---

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from functools import partial
 from typing import Any
 
 import pytest
-from scripted_broker import Fate, ScriptedBroker, ScriptedCluster
+from scripted_broker import Fate, ScriptedBroker, ScriptedCluster, error
 
 from magnetar.client import (
     EARLIEST,
@@ -232,3 +233,41 @@ async def test_a_forked_child_gets_a_clear_error_and_the_parent_goes_on(broker: 
     assert [line.split()[0] for line in lines] == ["ClientClosed", "ClientClosed", "offset"]
     assert all("connect again after a fork" in line for line in lines[:2])
     assert lines[2] == "offset 1"
+
+
+# --- calls that any broker answers ---
+
+SILENCE_TIMEOUT_S = 1.0
+
+
+@pytest.fixture
+async def two(cluster: ScriptedCluster, broker: ScriptedBroker) -> AsyncIterator[Client]:
+    """A client of two brokers."""
+    other = await cluster.broker()
+    async with connect(f"{broker.address},{other.address}", timeout=SILENCE_TIMEOUT_S) as client:
+        yield client
+
+
+async def test_a_call_that_no_broker_answers_takes_one_timeout_however_many_there_are(
+    cluster: ScriptedCluster, two: Client
+) -> None:
+    for broker in cluster.brokers:
+        broker.answering.clear()
+    for call in (two.admin.topics.list, partial(two.admin.topics.create, "t")):
+        begin = asyncio.get_running_loop().time()
+        with pytest.raises(
+            ClusterUnavailable, match="no answer in time, so what was asked for may have been done or not"
+        ):
+            await call()
+        assert asyncio.get_running_loop().time() - begin < 2 * SILENCE_TIMEOUT_S
+
+
+async def test_what_a_broker_says_of_a_failure_is_told_though_the_last_one_that_was_asked_is_silent(
+    cluster: ScriptedCluster, broker: ScriptedBroker, two: Client
+) -> None:
+    told = error("UNAVAILABLE", "the metadata store does not answer: start it")
+    cluster.on_admin = lambda asked: told
+    cluster.brokers[1].answering.clear()
+    for call in (two.admin.topics.list, partial(two.admin.topics.create, "t")):
+        with pytest.raises(ClusterUnavailable, match="the metadata store does not answer: start it"):
+            await call()

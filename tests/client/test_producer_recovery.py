@@ -6,6 +6,7 @@ import asyncio
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator
+from itertools import count
 
 import pytest
 from scripted_broker import Fate, ScriptedBroker, ScriptedCluster, Shard, error
@@ -20,16 +21,25 @@ from magnetar.client import (
     ProducerFenced,
     TopicNotFound,
 )
+from magnetar.client.links import SILENCE_S
 from magnetar.wire.batch import BatchHeader
+from magnetar.wire.slots import slot_of
 
 TOPIC = "public/default/clicks"
 SINGLE = Batching(max_messages=1)
+PROMPT_S = 10.0
+"""Half of the client's patience."""
 
 
 def script(cluster: ScriptedCluster, *fates: Fate | object) -> None:
     """These fates for the first batches, and storing for all others."""
     left: Iterator[object] = iter(fates)
     cluster.on_batch = lambda shard, header: next(left, Fate.STORE)  # type: ignore[assignment,return-value]
+
+
+def key_in(shard: Shard) -> str:
+    """A key whose messages go to this shard."""
+    return next(key for n in count() if shard.first_slot <= slot_of((key := f"k{n}").encode()) <= shard.last_slot)
 
 
 def only_shard(cluster: ScriptedCluster) -> Shard:
@@ -184,6 +194,42 @@ async def test_a_topic_that_is_deleted_ends_the_producer(cluster: ScriptedCluste
             await producer.send(b"2")
 
 
+async def test_keyless_messages_go_where_shards_serve_and_everywhere_again_when_all_do(
+    cluster: ScriptedCluster, client: Client
+) -> None:
+    """As while the metadata store is away: what is open goes on, what is not is not opened."""
+    topic = cluster.create("clicks", shards=4)
+    serving, *others = topic.shards.values()
+    cluster.on_open = lambda shard: None if shard is serving else error("UNAVAILABLE")
+    async with client.producer("clicks", batching=SINGLE) as producer:
+        await producer.send(b"first", key=key_in(serving))
+        async with asyncio.timeout(PROMPT_S):
+            ids = [await producer.send(b"x") for _ in range(20)]
+        assert {id.shard for id in ids} == {serving.shard_id}
+
+        cluster.on_open = lambda shard: None
+        async with asyncio.timeout(PROMPT_S):
+            while not all(shard.log for shard in others):
+                await producer.send(b"y")
+
+
+async def test_keyless_messages_leave_a_shard_that_is_silent(cluster: ScriptedCluster, client: Client) -> None:
+    topic = cluster.create("clicks", shards=2)
+    silent, other = topic.shards.values()
+    async with client.producer("clicks", batching=SINGLE) as producer:
+        for shard in (silent, other):
+            await producer.send(b"first", key=key_in(shard))
+        cluster.on_batch = lambda shard, header: Fate.DROP if shard is silent else Fate.STORE
+        waiting = producer.send_nowait(b"waits", key=key_in(silent))
+        producer._lanes._lanes[silent.shard_id]._moved_at -= SILENCE_S
+        async with asyncio.timeout(PROMPT_S):
+            ids = [await producer.send(b"x") for _ in range(20)]
+        assert {id.shard for id in ids} == {other.shard_id}
+        cluster.on_batch = lambda shard, header: Fate.STORE
+        cluster.brokers[0].cut()
+        assert (await waiting).shard == silent.shard_id
+
+
 async def test_without_progress_everything_of_the_shard_fails_together_and_says_that_it_is_unknown(
     cluster: ScriptedCluster, connecting: Callable[[float], Client]
 ) -> None:
@@ -194,6 +240,7 @@ async def test_without_progress_everything_of_the_shard_fails_together_and_says_
         results = await asyncio.gather(*receipts, return_exceptions=True)
         assert all(isinstance(result, ClusterUnavailable) for result in results)
         assert "may or may not be stored" in str(results[0])
+        assert "takes what it is sent, and does not answer" in str(results[0])
         cluster.on_batch = lambda shard, header: Fate.STORE
         # They were stored after all; the producer goes on behind them.
         assert (await producer.send(b"next")).offset == 4

@@ -5,7 +5,7 @@ are of CLOCK_MONOTONIC, which all processes of one machine share.
 
 | event | facts beside `event` and `time` |
 |---|---|
-| producer | producer, name (None = unnamed), keys: message n of producer p has key n % keys of p |
+| producer | producer, name (None = unnamed), keys: message n of producer p has key n % keys of p; 0: none has a key |
 | consumer | subscription, consumer, kind: stream or queue |
 | sent | producer, count: the next numbers from 0 on, handed to the client together |
 | answered | producer, numbers, shards, offsets: what is durable, and where |
@@ -239,7 +239,7 @@ def _judge_log(history: History, anomalies: _Anomalies) -> _Log:
                 anomalies.add("duplicated", f"{_named(message)} stands at {where}")
                 continue
             places[message] = place
-            key = (producer, number % keys[producer])
+            key = (producer, number % keys[producer] if keys[producer] else number)
             if number < last_of_key.get(key, -1):
                 anomalies.add("reordered", f"{_named(message)} is stored behind number {last_of_key[key]} of its key")
             last_of_key[key] = number

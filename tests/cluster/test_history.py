@@ -157,6 +157,15 @@ def test_messages_of_two_keys_may_change_places(story: Story) -> None:
     assert anomalies(story.judge()) == {}
 
 
+def test_messages_without_a_key_may_be_stored_in_any_order(story: Story) -> None:
+    story.events = [event for event in story.events if event["event"] not in ("consumer", "producer")]
+    story.events.insert(0, {"event": "producer", "time": 0.0, "producer": 0, "name": None, "keys": 0})
+    story.sent()
+    story.answered(range(COUNT), (5, 4, 3, 2, 1, 0))
+    story.stored(5, 4, 3, 2, 1, 0)
+    assert anomalies(story.judge()) == {}
+
+
 def test_offsets_that_are_left_out_or_come_twice_are_gaps(story: Story) -> None:
     story.events = [event for event in story.events if event["event"] != "consumer"]
     story.sent()

@@ -38,7 +38,9 @@ RECEIVE_MESSAGES = 500
 RECEIVE_S = 0.2
 PADDING_MAX = 200
 STREAM, QUEUE = "stream", "queue"
-GROUPS = (1, 50, 50, 200)
+GROUPS = (1, 50, 50, 200, 50)
+KEYLESS = 4
+"""The number of the producer whose messages have no key; it has no name either, and so is bound to no shard."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +112,8 @@ class Publisher:
     async def run(self) -> None:
         config, number = self.config, self.number
         name = f"producer{number}" if number % 2 else None
-        self.recorder.event("producer", producer=number, name=name, keys=config.keys)
+        keys = 0 if number == KEYLESS else config.keys
+        self.recorder.event("producer", producer=number, name=name, keys=keys)
         window = asyncio.Semaphore(config.window)
         group = config.groups[number]
         random = Random(number)
@@ -125,7 +128,8 @@ class Publisher:
                     receipts = []
                     for n in range(first, first + group):
                         payload = b"%d:%d:" % (number, n) + padding[: random.randrange(PADDING_MAX)]
-                        receipts.append(producer.send_nowait(payload, key=f"{number}/{n % config.keys}"))
+                        key = f"{number}/{n % keys}" if keys else None
+                        receipts.append(producer.send_nowait(payload, key=key))
                     self.recorder.event("sent", sent_at, producer=number, count=group)
                     self.recorder.count("sent", group)
                     settling.create_task(self._settle(first, receipts, window))

@@ -204,7 +204,7 @@ async def test_closing_the_store_ends_what_is_under_way(etcd: Any, proxy_of: Pro
 async def test_a_store_that_nobody_serves_is_named_with_its_endpoints_and_what_to_check(unused_ports: Any) -> None:
     one, two = unused_ports(2)
     with pytest.raises(
-        MetadataUnavailable, match=rf"check that it runs.*127.0.0.1:{one}: .*127.0.0.1:{two}: .*refused"
+        MetadataUnavailable, match=rf"check that it runs.*127.0.0.1:{one}: .*127.0.0.1:{two}: .*nothing listens there"
     ):
         await EtcdMetadata.open(f"etcd://127.0.0.1:{one},127.0.0.1:{two}", open_s=0.3)
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import enum
+import fcntl
 import os
 import random
 import shutil
 import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -46,6 +47,7 @@ PAYLOAD_POOL_BYTES = 8 << 20
 LATENCY_SAMPLES_MAX = 1_000_000
 NOWAIT_SAMPLE_EVERY = 100
 TOPICS_OPENED_AT_ONCE = 64
+FOLDER_PREFIX = "magnetar-bench-"
 CLIENT = "client"
 """This process among the measured ones."""
 
@@ -168,17 +170,39 @@ def _cluster(server: str | None, size: Size, data_dir: Path) -> Iterator[Measure
     if server is not None:
         yield Measured(server, data_dir)
         return
+    with _folder(data_dir) as folder, local_cluster(folder, size) as cluster:
+        yield Measured(cluster.servers, folder, cluster.members)
+
+
+@contextmanager
+def _folder(data_dir: Path) -> Iterator[Path]:
+    """For the time of this run. It is locked meanwhile: those of runs that were killed are not, and are removed."""
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix="magnetar-bench-", dir=data_dir))
+        for left in data_dir.glob(FOLDER_PREFIX + "*"):
+            with suppress(OSError):  # locked, or somebody else's
+                _remove_unless_used(left)
+        folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir=data_dir))
+        lock = os.open(folder, os.O_RDONLY)
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise CommandFailed(f"cannot use {data_dir}: {reason}; choose another --data-dir") from None
+    fcntl.flock(lock, fcntl.LOCK_EX)
     try:
-        with local_cluster(folder, size) as cluster:
-            yield Measured(cluster.servers, folder, cluster.members)
+        yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
+def _remove_unless_used(folder: Path) -> None:
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if any(folder.iterdir()):  # an empty one may be another run's, which is about to lock it
+            shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        os.close(lock)
 
 
 async def _publish(plan: Plan, cluster: Measured, timeout: float) -> dict[str, Any]:

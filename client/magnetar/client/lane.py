@@ -39,6 +39,9 @@ class LaneOwner(Protocol):
     def replaced(self, batch: Batch, parts: Sequence[Batch]) -> None:
         """These stand in the place of that one."""
 
+    def lane_lost(self) -> None:
+        """One of them is not open any more."""
+
     def lane_failed(self, refused: Refused) -> None:
         """The producer cannot go on."""
 
@@ -53,6 +56,11 @@ class Lane(ShardLink[ProduceStream]):
         self.was_opened = asyncio.Event()
         """Set once the broker has answered an opening, or none will be answered any more."""
         self._producer = owner
+
+    @property
+    def serves(self) -> bool:
+        """It is open, and the broker answers as far as is known."""
+        return self.chain.open and not self.silent
 
     # --- sending ---
 
@@ -208,6 +216,7 @@ class Lane(ShardLink[ProduceStream]):
 
     def _lost(self) -> None:
         self.chain.lost()
+        self._producer.lane_lost()
 
     def _failed(self, refused: Refused) -> None:
         self._producer.lane_failed(refused)

@@ -170,8 +170,22 @@ class Lanes:
         return list(map(self._row_of_slot.__getitem__, slots))
 
     def slot_for_keyless(self) -> int:
-        """Varies from batch to batch; but a named producer's keyless messages stay together across restarts."""
-        return random.getrandbits(16) if self._keyless_slot is None else self._keyless_slot
+        """Varies from batch to batch; but a named producer's keyless messages stay together across restarts.
+
+        A slot whose shard does not serve now is passed over while others do; it is opened meanwhile.
+        """
+        if self._keyless_slot is not None:
+            return self._keyless_slot
+        slot = random.getrandbits(16)
+        lane = self._row[self._row_of_slot[slot]]
+        if lane.serves:
+            return slot
+        lane.start()
+        serving = [shard for shard in self._layout.shards if shard.open and self._lanes[shard.shard_id].serves]
+        if not serving:
+            return slot
+        shard = random.choice(serving)
+        return random.randint(shard.first_slot, shard.last_slot)
 
     def _adopt(self, layout: Layout) -> None:
         """Take a new layout. What waits for a shard that is not open any more goes to those that took its slots."""
@@ -257,6 +271,10 @@ class Lanes:
 
     def replaced(self, batch: Batch, parts: Sequence[Batch]) -> None:
         self.pending += sum(part.size for part in parts) - batch.size
+
+    def lane_lost(self) -> None:
+        """The keyless batch that is open goes where it was to go; the next message begins one elsewhere."""
+        self._rerouted()
 
     def lane_failed(self, refused: Refused) -> None:
         error = self._refusal = refused.public()

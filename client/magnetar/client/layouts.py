@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import random
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,11 @@ from magnetar.wire.names import InvalidName, TopicName, check_name
 
 ATTEMPT_S_MAX = 5.0
 """For one broker to answer a call that others could answer as well."""
+
+ATTEMPT_S_MIN = 0.001
+
+CHANGE_S_MAX = 15.0
+"""For one broker to do what changes something, while others are known: it may have to wait for them."""
 
 SILENCE_S_MAX = 1.0
 """Of one broker, after which another one is asked beside it, if it does no harm to be answered by both."""
@@ -104,35 +110,48 @@ class Brokers:
         """The one that answered last, then those that the user named, then the others."""
         return list(dict.fromkeys((self._preferred, *self._servers, *reversed(self._learned))))
 
-    async def ask(self, method: str, request: bytes, attempt_s: float) -> bytes:
-        """One attempt at each broker until one answers, yes or no. Raises Refused."""
-        failure = unavailable("no broker is known")
-        for address in self.known():
+    async def ask(self, method: str, request: bytes, deadline: float) -> bytes:
+        """One broker after the other until one answers, yes or no, or the time is over. Raises Refused."""
+        loop = asyncio.get_running_loop()
+        failure: Refused | None = None
+        addresses = self.known()
+        for left, address in zip(range(len(addresses), 0, -1), addresses, strict=True):
+            remaining_s = deadline - loop.time()
+            if failure is not None and remaining_s <= 0.0:
+                break
             try:
+                share_s = max(CHANGE_S_MAX, remaining_s / left)
+                attempt_s = max(ATTEMPT_S_MIN, min(share_s, remaining_s))
                 answer = await self._rpc.call(address, method, request, attempt_s)
             except Refused as refused:
                 if refused.final:
                     raise
-                failure = refused
+                failure = _telling(failure, refused)
             else:
                 self._preferred = address
                 return answer
-        raise failure
+        raise failure or unavailable("no broker is known")
 
-    async def ask_several(self, method: str, request: bytes, attempt_s: float) -> bytes:
-        """As `ask`, but the next broker is asked as soon as one is silent: for calls that may be answered twice."""
+    async def ask_several(self, method: str, request: bytes, deadline: float, attempt_s: float = math.inf) -> bytes:
+        """As `ask`, but the next broker is asked as soon as one is silent: for calls that may be answered twice.
+
+        attempt_s   for each of them
+        """
+        loop = asyncio.get_running_loop()
         addresses = iter(self.known())
         asked: dict[asyncio.Task[bytes], str] = {}
-        failure = unavailable("no broker is known")
+        failure: Refused | None = None
         try:
             while True:
-                address = next(addresses, None)
+                remaining_s = deadline - loop.time()
+                address = None if failure is not None and remaining_s <= 0.0 else next(addresses, None)
                 if address is not None:
-                    asked[asyncio.create_task(self._rpc.call(address, method, request, attempt_s))] = address
+                    time_s = max(ATTEMPT_S_MIN, min(attempt_s, remaining_s))
+                    asked[asyncio.create_task(self._rpc.call(address, method, request, time_s))] = address
                 elif not asked:
-                    raise failure
-                timeout_s = None if address is None else SILENCE_S_MAX
-                done, _ = await asyncio.wait(asked, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+                    raise failure or unavailable("no broker is known")
+                wait_s = None if address is None else SILENCE_S_MAX
+                done, _ = await asyncio.wait(asked, timeout=wait_s, return_when=asyncio.FIRST_COMPLETED)
                 for task in done:
                     address = asked.pop(task)
                     error = task.exception()
@@ -141,7 +160,7 @@ class Brokers:
                         return task.result()
                     if not isinstance(error, Refused) or error.final:
                         raise error
-                    failure = error
+                    failure = _telling(failure, error)
         finally:
             for task in asked:
                 task.cancel()
@@ -158,26 +177,31 @@ class Brokers:
             return False
         return True
 
-    async def call(
-        self, method: str, request: bytes, *, attempt_s: float | None = None, several: bool = False
-    ) -> bytes:
-        """Ask until there is an answer. `several`: see `ask_several`.
+    async def call(self, method: str, request: bytes, *, attempt_s: float = math.inf, several: bool = False) -> bytes:
+        """Ask until there is an answer. `several`: see `ask_several`; `attempt_s`: for each broker, then.
 
-        Raises the public error: ClusterUnavailable after the timeout.
+        Raises the public error: ClusterUnavailable after the timeout, however many brokers were asked.
         """
-        ask = self.ask_several if several else self.ask
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._timeout_s
         delays = Delays(random.random)
+        failure: Refused | None = None
         while True:
-            remaining_s = max(0.001, deadline - loop.time())
             try:
-                return await ask(method, request, min(remaining_s, attempt_s or remaining_s))
+                if several:
+                    return await self.ask_several(method, request, deadline, attempt_s)
+                return await self.ask(method, request, deadline)
             except Refused as refused:
+                failure = _telling(failure, refused)
                 wait_s = delays.next_s(at_least_s=refused.retry_after_s)
                 if refused.final or loop.time() + wait_s >= deadline:
-                    raise refused.public() from None
+                    raise failure.public() from None
             await asyncio.sleep(wait_s)
+
+
+def _telling(before: Refused | None, refused: Refused) -> Refused:
+    """What to tell the user of two failures: the newer one, unless it is a silence and the other is not."""
+    return before if before is not None and refused.silence and not before.silence else refused
 
 
 class Layouts:
@@ -235,7 +259,7 @@ class Layouts:
 
     async def _refresh(self, topic: str) -> Layout:
         request = broker_pb2.ResolveRequest(topic=topic).SerializeToString()
-        answer = await self._brokers.ask_several(BROKER_SERVICE + "Resolve", request, ATTEMPT_S_MAX)
+        answer = await self._brokers.ask_several(BROKER_SERVICE + "Resolve", request, math.inf, ATTEMPT_S_MAX)
         layout = self._learn(broker_pb2.ResolveResponse.FromString(answer))
         self._tell(topic, layout)
         return layout

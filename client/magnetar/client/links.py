@@ -61,7 +61,7 @@ class ShardLink(ABC, Generic[StreamT]):
         self._number = 0
         self._at = ""
         self._closed: asyncio.Future[Refused] | None = None
-        self._refused = unavailable("no attempt was made yet")
+        self._refused = unavailable("no broker said who serves the shard")
         self._task: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._moved_at = 0.0
@@ -240,6 +240,11 @@ class ShardLink(ABC, Generic[StreamT]):
 
     # --- patience ---
 
+    @property
+    def silent(self) -> bool:
+        """Something is waited for, and nothing has moved for SILENCE_S."""
+        return self._timer is not None and self._waiting() and self._loop.time() - self._moved_at >= SILENCE_S
+
     def _watch(self) -> None:
         """Something is waited for from now on, or still."""
         if self._timer is None and not self._stopped:
@@ -251,6 +256,16 @@ class ShardLink(ABC, Generic[StreamT]):
         self._moved_at = self._loop.time()
         self._delays.reset()
 
+    def _trouble(self) -> Refused:
+        """Why nothing moves, as far as is known here."""
+        if self._stream is not None:
+            return unavailable(
+                f"the shard's broker takes what it is sent, and does not answer: broker=`{self._stream.address}`"
+            )
+        if self._at:
+            return unavailable(f"the shard's broker cannot be reached: broker=`{self._at}`")
+        return self._refused
+
     def _look_in(self, remaining_s: float) -> None:
         self._timer = self._loop.call_later(min(remaining_s, SILENCE_S), self._look)
 
@@ -261,7 +276,7 @@ class ShardLink(ABC, Generic[StreamT]):
         now = self._loop.time()
         remaining_s = self._moved_at + self._cluster.timeout_s - now
         if remaining_s <= 0.0:
-            self._timed_out(self._refused)
+            self._timed_out(self._trouble())
             self._moved_at, remaining_s = now, self._cluster.timeout_s
         elif now - self._moved_at >= SILENCE_S:
             # A broker that stands still closes nothing: others know whether the shard has a new owner.

@@ -59,17 +59,25 @@ class Refused(Exception):
 
     owner          address of the broker that serves the shard; empty: not known
     retry_after_s  what the broker asked for
+    silence        the broker said nothing in the time that it was given
     one_batch      it condemns a batch that is known, and nothing else
     """
 
     def __init__(
-        self, reason: common_pb2.ErrorReason, message: str, *, owner: str = "", retry_after_s: float = 0.0
+        self,
+        reason: common_pb2.ErrorReason,
+        message: str,
+        *,
+        owner: str = "",
+        retry_after_s: float = 0.0,
+        silence: bool = False,
     ) -> None:
         super().__init__(message)
         self.reason = reason
         self.message = message
         self.owner = owner
         self.retry_after_s = retry_after_s
+        self.silence = silence
         self.one_batch = False
 
     @classmethod

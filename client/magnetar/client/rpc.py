@@ -167,6 +167,13 @@ def refused_by(address: str, error: grpc.aio.AioRpcError) -> Refused:
             return Refused(common_pb2.ERROR_REASON_NOT_AUTHORIZED, detail)
         case grpc.StatusCode.INVALID_ARGUMENT:
             return Refused(common_pb2.ERROR_REASON_INVALID_ARGUMENT, detail)
+        case grpc.StatusCode.DEADLINE_EXCEEDED:
+            return Refused(
+                common_pb2.ERROR_REASON_UNAVAILABLE,
+                "no answer in time, so what was asked for may have been done or not: the broker, or the metadata store "
+                f"or bookies that it asks, may be away: see what its host and `magnetar cluster health` say: {detail}",
+                silence=True,
+            )
         case grpc.StatusCode.UNAVAILABLE:
             return unavailable(f"no broker answers: start one, or name another server: {detail}")
         case _:

@@ -23,6 +23,7 @@ from magnetar.metadata.etcd_channel import (
     Compacted,
     EtcdChannel,
     Exhausted,
+    NoMetadataStore,
     Times,
 )
 from magnetar.metadata.etcd_codec import (
@@ -43,7 +44,6 @@ from magnetar.metadata.leases import check_ttl
 from magnetar.metadata.store import (
     Compare,
     KeyValue,
-    MetadataError,
     MetadataUnavailable,
     Operation,
     RangeResult,
@@ -76,7 +76,8 @@ class EtcdMetadata:
     ) -> Self:
         """Connects to the first of the endpoints in `etcd://host:port[,host:port]` that serves.
 
-        Raises MetadataUnavailable when none does within `open_s`, MetadataError for what an operator has to change.
+        Raises MetadataUnavailable when none does within `open_s`, NoMetadataStore as soon as it is sure that none will,
+        MetadataError for what else an operator has to change.
         """
         channel = EtcdChannel(parse_endpoints(url), times or Times(), rng=rng or random.Random(), clock=clock)
         store = cls(channel)
@@ -175,7 +176,7 @@ class EtcdMetadata:
         try:
             while not (await asyncio.wait({waiting}, timeout=OPEN_POLL_S))[0]:
                 if self._channel.hopeless():
-                    raise MetadataError(self._channel.explain())
+                    raise NoMetadataStore(self._channel.explain())
             await waiting
         finally:
             waiting.cancel()

@@ -96,6 +96,10 @@ class Unanswered(Exception):
         self.definite = definite
 
 
+class NoMetadataStore(MetadataError):
+    """What answers at the endpoints is something else, and waiting will not change that."""
+
+
 class Compacted(MetadataError):
     """The revision that was asked for is no longer kept."""
 
@@ -113,6 +117,10 @@ def unanswered(error: grpc.aio.AioRpcError) -> Unanswered:
         return Unanswered(f"it is not an etcd: {details}", code, definite=True)
     if "http1.x" in details:
         return Unanswered("it is not an etcd, but speaks HTTP/1", code, definite=True)
+    if "Failed parsing HTTP/2" in details:
+        return Unanswered("it is not an etcd: it speaks another protocol than gRPC", code, definite=True)
+    if "Connection refused" in details:
+        return Unanswered("nothing listens there", code)
     return Unanswered(details, code)
 
 
@@ -323,12 +331,15 @@ class EtcdChannel:
         return self._closed
 
     def explain(self) -> str:
-        """Why there is no connection, in one line."""
+        """Why there is no connection, in one line with a remedy."""
         reasons = [str(self._reasons.get(i, "no answer yet")) for i in range(len(self._choice.endpoints))]
-        tried = "; ".join(f"{e}: {reason}" for e, reason in zip(self._choice.endpoints, reasons, strict=True))
+        each = "; ".join(f"{e}: {reason}" for e, reason in zip(self._choice.endpoints, reasons, strict=True))
+        tried = f"endpoints=`{each}`"
+        if self.hopeless():
+            return f"what answers there is no metadata store to use: check that these are its client addresses: {tried}"
         return (
             "the metadata store does not answer: check that it runs, that these are its client addresses and that this "
-            f"machine can reach them: endpoints=`{tried}`"
+            f"machine can reach them: {tried}"
         )
 
     def hopeless(self) -> bool:

@@ -89,6 +89,7 @@ class SqliteEngine:
         self._requests: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
         self._waiting = 0
         self._broken = ""
+        self._broke = asyncio.Event()
         self._closed = False
         self._ready: asyncio.Future[dict[int, float]] = self._loop.create_future()
         self._stopped: asyncio.Future[None] = self._loop.create_future()
@@ -207,9 +208,16 @@ class SqliteEngine:
         """Why nothing can be asked until the database is opened again; empty if all is well."""
         return self._broken
 
+    async def until_broken(self) -> str:
+        """Returns `broken` when there is something to say."""
+        await self._broke.wait()
+        return self._broken
+
     # In the event loop.
 
     def _deliver(self, group: list[_Request], revisions: list[Revision]) -> None:
+        if self._broken:
+            self._broke.set()
         for revision in revisions:
             self._feed.append(revision)
         for request in group:

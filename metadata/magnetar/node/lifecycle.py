@@ -29,6 +29,10 @@ OPEN_FILES_MAX = 65_536
 """Connections and files of one process."""
 
 
+STOP_S = 10.0
+"""For all parts of a process together to stop in order."""
+
+
 class Stack:
     """What was started, to be stopped in the reverse order. Every stop runs, whatever the others raise."""
 
@@ -40,11 +44,25 @@ class Stack:
 
     async def close(self) -> None:
         while self._stops:
-            name, stop = self._stops.pop()
+            name, stop = self._stops[-1]
             try:
                 await stop()
             except Exception:
                 log.exception("stopping failed", part=name)
+            self._stops.pop()
+
+    async def close_in_time(self, limit_s: float = STOP_S) -> bool:
+        """As `close`; False if it is given up, and the process is to end as it is.
+
+        What is left then is as after a crash: nothing that was answered is lost, others wait for the session to end.
+        """
+        closing = asyncio.create_task(self.close(), name="stop")
+        done, _ = await asyncio.wait({closing}, timeout=limit_s)
+        if not done:
+            left = [name for name, _ in reversed(self._stops)]
+            log.warning("stopping takes too long and is given up, as if by a crash", limit_s=limit_s, left=left)
+            closing.cancel()
+        return bool(done)
 
 
 def limit_malloc_arenas() -> None:

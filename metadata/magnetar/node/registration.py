@@ -70,7 +70,15 @@ class Registration:
         Raises IdInUse when it did not, MetadataUnavailable when the store does not answer.
         """
         begin = asyncio.get_running_loop().time()
+        waiting = False
         while (session := await self._try_register()) is None:
+            if not waiting:
+                waiting = True
+                log.warning(
+                    "the id is registered: waiting for that session to end, as one does whose process was killed",
+                    key=self.key,
+                    wait_s=round(self._patience_s(), 1),
+                )
             if asyncio.get_running_loop().time() >= begin + self._patience_s():
                 raise IdInUse(f"id is in use by a living process: stop it or choose another id key={self.key}")
             await asyncio.sleep(self._lease_s / POLLS_PER_LEASE)

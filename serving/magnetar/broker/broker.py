@@ -51,7 +51,17 @@ from magnetar.metadata.keyspace import Keyspace
 from magnetar.metadata.records import BrokerRegistration, Owner, SubscriptionRecord, TopicRecord
 from magnetar.metadata.shards import ShardNotFound
 from magnetar.metadata.store import MetadataStore
-from magnetar.node.rpc import Context, Refused, Serve, Server, ServerStream, Service, serve, unavailable
+from magnetar.node.rpc import (
+    Context,
+    Refused,
+    Serve,
+    Server,
+    ServerStream,
+    Service,
+    UnaryHandler,
+    serve,
+    unavailable,
+)
 from magnetar.node.settings import BrokerSettings
 from magnetar.v1 import admin_pb2, broker_pb2, common_pb2
 
@@ -286,7 +296,7 @@ class Broker:
             "Consume": self._streaming("consume", self._consume),
         }
         methods = {**admin.methods(), **self._members.methods()}
-        admin_methods = {name: self._unary(method) for name, method in methods.items()}
+        admin_methods = {name: self._unary(self._administering(method)) for name, method in methods.items()}
         return [
             Service(broker_pb2.DESCRIPTOR.services_by_name["BrokerService"], broker_methods),
             Service(admin_pb2.DESCRIPTOR.services_by_name["AdminService"], admin_methods),
@@ -298,12 +308,24 @@ class Broker:
     async def _consume(self, stream: ServerStream) -> None:
         await consume(stream, self)
 
-    def _unary(
-        self, handler: Callable[[bytes, Context], Awaitable[bytes]]
-    ) -> Callable[[bytes, Context], Awaitable[bytes]]:
+    def _unary(self, handler: UnaryHandler) -> UnaryHandler:
         async def call(data: bytes, context: Context) -> bytes:
             with self._translating():
                 return await handler(data, context)
+
+        return call
+
+    def _administering(self, handler: UnaryHandler) -> UnaryHandler:
+        """Without a session the metadata store is away, as far as this broker knows: it says so at once."""
+
+        async def call(data: bytes, context: Context) -> bytes:
+            if self.ownership.session is None:
+                raise unavailable(
+                    "the metadata store does not answer: check that it runs and that this broker reaches it "
+                    f"broker=`{self.settings.id}`",
+                    retry_after_ms=RETRY_AFTER_MS,
+                )
+            return await handler(data, context)
 
         return call
 

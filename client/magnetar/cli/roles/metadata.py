@@ -12,17 +12,24 @@ from magnetar.node.telemetry import new_registry
 
 
 def run_metadata(settings: MetadataSettings, on_ready: Callable[[Ready], None]) -> None:
-    """Runs until SIGINT or SIGTERM. Raises RoleRefused, with everything stopped, when it cannot start."""
+    """Runs until SIGINT or SIGTERM.
+
+    Raises RoleRefused, with everything stopped, when it cannot start, or when its database failed: it must be opened
+    again then.
+    """
+    started: list[MetadataServer] = []
 
     async def start(parts: Stack) -> Ready:
-        return await _start(settings, parts)
+        return await _start(settings, parts, started)
 
-    run_role(settings, start, on_ready)
+    async def until_broken() -> str:
+        return await started[0].until_broken()
+
+    run_role(settings, start, on_ready, until_broken=until_broken)
 
 
-async def _start(settings: MetadataSettings, parts: Stack) -> Ready:
+async def _start(settings: MetadataSettings, parts: Stack, started: list[MetadataServer]) -> Ready:
     registry = new_registry()
-    started: list[MetadataServer] = []
 
     def problems() -> list[str]:
         return started[0].problems() if started else ["the metadata server is starting"]

@@ -7,13 +7,14 @@ import os
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import structlog
 from prometheus_client import CollectorRegistry
 
 from magnetar.metadata.codec import DamagedRecord
 from magnetar.metadata.etcd import EtcdMetadata
+from magnetar.metadata.etcd_channel import NoMetadataStore
 from magnetar.metadata.instance import join_cluster
 from magnetar.metadata.keyspace import Keyspace
 from magnetar.metadata.store import MetadataError, MetadataStore, MetadataUnavailable
@@ -36,6 +37,7 @@ from magnetar.node.telemetry import HttpServer, configure_logging
 __all__ = ["SETTINGS", "Ready", "RoleRefused", "SettingsError", "exposed", "load", "run_role"]
 
 METADATA_WAIT_S_MIN = 1.0
+NAME_ANOTHER = "name the right one with --set metadata=etcd://HOST:PORT"
 
 SETTINGS: dict[str, type[Listening]] = {
     "metadata": MetadataSettings,
@@ -44,10 +46,11 @@ SETTINGS: dict[str, type[Listening]] = {
 }
 
 log = structlog.get_logger("magnetar.roles")
+T = TypeVar("T")
 
 
 class RoleRefused(Exception):
-    """The role cannot start as asked, or did not stop well; the message is one line with cause and remedy."""
+    """The role cannot start as asked, or did not end well; the message is one line with cause and remedy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +64,12 @@ class Ready:
     cluster: str
 
 
+async def never() -> str:
+    """Of a role that nothing ends but a signal."""
+    await asyncio.get_running_loop().create_future()
+    raise AssertionError("nobody sets it")
+
+
 def load(role: str, assignments: list[str], file: Path | None) -> Loaded[Any]:
     """The settings of a role, from command line, environment and file. Raises SettingsError."""
     return load_settings(SETTINGS[role], role, assignments=assignments, file=file, environment=os.environ)
@@ -71,10 +80,12 @@ def run_role(
     start: Callable[[lifecycle.Stack], Coroutine[Any, Any, Ready]],
     on_ready: Callable[[Ready], None],
     refusals: tuple[type[Exception], ...] = (),
+    until_broken: Callable[[], Coroutine[Any, Any, str]] = never,
 ) -> None:
     """Runs until SIGINT or SIGTERM, also during the start; a second signal ends the process at once.
 
-    Raises RoleRefused, with everything stopped, when the role cannot start.
+    until_broken   of what was started: returns why it cannot go on, for a supervisor to start it again
+    Raises RoleRefused, with everything stopped, when the role cannot start, or cannot go on.
     """
     configure_logging(os.environ.get("MAGNETAR_LOG", "warning"))
     _check_reachable(settings)
@@ -86,26 +97,28 @@ def run_role(
             ready = await _unless_stopped(start(parts), stop)
             if ready is not None:
                 on_ready(ready)
-                await stop.wait()
+                broken = await _unless_stopped(until_broken(), stop)
+                if broken is not None:
+                    raise RoleRefused(broken)
         except expected as refusal:
             raise RoleRefused(str(refusal)) from None
         finally:
-            await parts.close()
+            await parts.close_in_time()
 
     lifecycle.run(main)
 
 
-async def _unless_stopped(start: Coroutine[Any, Any, Ready], stop: asyncio.Event) -> Ready | None:
-    """What the start returns; None if the process was asked to stop before."""
-    starting = asyncio.create_task(start, name="start")
+async def _unless_stopped(work: Coroutine[Any, Any, T], stop: asyncio.Event) -> T | None:
+    """What it returns; None if the process was asked to stop before."""
+    working = asyncio.create_task(work, name="start or run")
     stopping = asyncio.create_task(stop.wait(), name="stop asked for")
     try:
-        await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        return await starting if starting.done() else None
+        await asyncio.wait({working, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        return await working if working.done() else None
     finally:
         stopping.cancel()
-        starting.cancel()
-        await asyncio.wait({starting, stopping})
+        working.cancel()
+        await asyncio.wait({working, stopping})
 
 
 def _check_reachable(settings: Listening) -> None:
@@ -141,9 +154,9 @@ async def join(settings: Joining, parts: lifecycle.Stack) -> tuple[MetadataStore
     try:
         store = await EtcdMetadata.open(settings.metadata, open_s=max(settings.metadata_wait_s, METADATA_WAIT_S_MIN))
     except MetadataUnavailable as error:
-        raise RoleRefused(
-            f"{error}; start one with `magnetar metadata`, or name the right one with --set metadata=etcd://HOST:PORT"
-        ) from None
+        raise RoleRefused(f"{error}; start one with `magnetar metadata`, or {NAME_ANOTHER}") from None
+    except NoMetadataStore as error:
+        raise RoleRefused(f"{error}; {NAME_ANOTHER}") from None
     parts.push("metadata", store.close)
     keyspace = Keyspace(settings.cluster)
     await join_cluster(store, keyspace, new_cluster=settings.new_cluster)

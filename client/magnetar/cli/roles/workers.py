@@ -1,7 +1,7 @@
 """Several brokers on one host, a process each: they are started, watched, started again, and stopped together.
 
 1. Worker i is a broker `<id>-<i>` at port + 2i, its HTTP at that port + 1; with port 0 all take free ports.
-2. A worker that ends before it ever served ends all: what it refused stands on stderr.
+2. A worker that ends before it ever served ends all, with one line: what the first of them refused.
 3. A worker that served and ended is started again after a pause that grows, at most RESTARTS_MAX times in
    RESTART_WINDOW_S seconds; then all end.
 4. SIGINT and SIGTERM stop all of them as one broker stops; a second signal reaches them too.
@@ -18,6 +18,7 @@ import sys
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
+from typing import TextIO
 
 import structlog
 
@@ -32,6 +33,8 @@ PAUSE_FIRST_S = 0.5
 PAUSE_MAX_S = 10.0
 PORTS_PER_WORKER = 2
 LINE_BYTES_MAX = 1 << 16
+LINE_START = b"magnetar: "
+"""Of a line that is meant for people: at the end of a process it says why it refused."""
 
 log = structlog.get_logger("magnetar.workers")
 
@@ -104,6 +107,8 @@ class Worker:
         self._process: asyncio.subprocess.Process | None = None
         self._stopping = asyncio.Event()
         self._served = False
+        self._refusal = b""
+        """The line that a worker which has not served may have ended with."""
         self._ends: deque[float] = deque(maxlen=RESTARTS_MAX + 1)
 
     def stop(self) -> None:
@@ -116,12 +121,13 @@ class Worker:
         """Returns when the worker was stopped. Raises RoleRefused."""
         while not self._stopping.is_set():
             code = await self._run_once()
-            if self._stopping.is_set():
-                if code not in (0, -signal.SIGTERM):
-                    raise RoleRefused(f"worker {self.id} did not stop well: its log has the reason exit_code=`{code}`")
+            if self._stopping.is_set() and code in (0, -signal.SIGTERM):
                 return
             if not self._served:
-                raise RoleRefused(f"worker {self.id} did not start, for the reason above")
+                reason = self._refusal.removeprefix(LINE_START).decode(errors="replace").strip()
+                raise RoleRefused(f"worker {self.id} did not start: {reason or 'its log has the reason'}")
+            if self._stopping.is_set():
+                raise RoleRefused(f"worker {self.id} did not stop well: its log has the reason exit_code=`{code}`")
             await self._pause(code)
 
     async def _pause(self, code: int) -> None:
@@ -144,6 +150,7 @@ class Worker:
             *self._command,
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
             start_new_session=True,
             env=child_environment(),
             limit=LINE_BYTES_MAX,
@@ -152,9 +159,31 @@ class Worker:
         if self._stopping.is_set():
             self.stop()
         assert process.stdout is not None
-        async for line in process.stdout:
-            self._served = True
-            with suppress(BrokenPipeError):
-                sys.stdout.write(line.decode())
-                sys.stdout.flush()
+        assert process.stderr is not None
+        await asyncio.gather(self._pass_on_output(process.stdout), self._pass_on_errors(process.stderr))
         return await process.wait()
+
+    async def _pass_on_output(self, output: asyncio.StreamReader) -> None:
+        async for line in output:
+            self._served = True
+            _write(sys.stderr, self._refusal_so_far())
+            _write(sys.stdout, line)
+
+    async def _pass_on_errors(self, errors: asyncio.StreamReader) -> None:
+        async for line in errors:
+            _write(sys.stderr, self._refusal_so_far())
+            if line.startswith(LINE_START) and not self._served:
+                self._refusal = line
+            else:
+                _write(sys.stderr, line)
+
+    def _refusal_so_far(self) -> bytes:
+        """What was none: the worker went on."""
+        line, self._refusal = self._refusal, b""
+        return line
+
+
+def _write(file: TextIO, line: bytes) -> None:
+    with suppress(BrokenPipeError):
+        file.write(line.decode(errors="replace"))
+        file.flush()

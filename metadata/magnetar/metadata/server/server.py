@@ -128,6 +128,10 @@ class MetadataServer:
         """Why it cannot serve; empty if it can. A broken database is repaired by starting the process again."""
         return [problem for problem in (self._engine.broken, self._problem) if problem]
 
+    async def until_broken(self) -> str:
+        """Returns why it will never serve again, when that comes about."""
+        return await self._engine.until_broken()
+
     async def __aenter__(self) -> Self:
         return self
 
