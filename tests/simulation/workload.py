@@ -311,8 +311,6 @@ class Holding:
 
     began: float
     opened: float = math.inf
-    certain: bool = False
-    """No broker that was replaced without knowing it can have answered the opening: such a one fences nobody."""
 
 
 class Rivalling:
@@ -336,12 +334,9 @@ class Rivalling:
         self._holdings.append(mine)
         async with client.producer(KEPT, name="rival") as producer:
             mine.opened = actor.oracle.now()
-            shards = await actor.workload.shards_of(KEPT)
-            mine.certain = all(actor.world.certain_since(shard, mine.began) for shard in shards)
             while actor.take():
                 now = actor.oracle.now()
-                later = [other for other in self._holdings if other.began > mine.opened and other.opened < now]
-                fenced = any(other.certain for other in later)
+                fenced = any(other.began > mine.opened and other.opened < now for other in self._holdings)
                 self._next += 1
                 payload = f"{actor.name}:{self._next}:{'fenced' if fenced else ''}".encode()
                 label = f"{actor.name}.{mine.began}"
