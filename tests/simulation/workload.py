@@ -40,8 +40,6 @@ KEPT = "public/default/kept"
 TRIMMED = "public/default/trimmed"
 HOLD = "hold"
 CALLS = 500
-NAMED = ("named", "numbered", "trimmed")
-"""Actors whose producers have names that nobody else has."""
 KEYS = 12
 LARGE_BYTES = 24_000
 """One message in ten is up to this large, so that segments fill up."""
@@ -184,9 +182,7 @@ class Actor:
         except MagnetarError as error:
             note(self.name, what, "failed:", type(error).__name__, str(error))
             self.oracle.failed_calls += 1
-            if isinstance(error, ProducerFenced) and self.name in NAMED:
-                self.oracle.met("a registration that arrived late fenced its own producer")
-            elif not isinstance(error, self.role.errors):
+            if not isinstance(error, self.role.errors):
                 self.oracle.fail(f"availability: a call of {self.name} failed: {type(error).__name__} {error}")
         else:
             note(self.name, what, "done")
