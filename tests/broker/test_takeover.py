@@ -474,6 +474,45 @@ async def test_acknowledgements_at_a_replaced_broker_are_refused_also_if_it_has_
     assert a.served.get(shard) is None
 
 
+async def test_a_newer_connection_of_a_name_is_not_opened_at_a_broker_that_was_replaced(
+    pair: Pair, connect: Connect
+) -> None:
+    a, b, shard = pair.a, pair.b, pair.of_a
+    slot = await slot_of(a, shard)
+    older = await connect(a).register("p")
+    producer_id = older.producer_id
+    async with ProduceClient(connect(a)) as at_a, ProduceClient(connect(b)) as at_b:
+        await at_a.open(shard, producer_id=producer_id, epoch=1, name="p")
+        await a.ownership.close()  # It hears of its replacement from nobody.
+        await served_by(b, shard)
+        await at_b.open(shard, producer_id=producer_id, epoch=1, name="p")
+        newer = await connect(b).register("p")
+        await at_a.send_open(shard, handle=2, producer_id=producer_id, epoch=newer.epoch, name="p")
+        errors = [(await at_a.error()).error for _ in range(2)]
+        assert [(error.reason, error.owner) for error in errors] == [(NOT_OWNER, b.address)] * 2
+        assert a.served.get(shard) is None
+        await at_b.open(shard, handle=2, producer_id=producer_id, epoch=newer.epoch, name="p")
+        await at_b.publish(batch(0, producer_id=producer_id, epoch=1, slot=slot))
+        assert (await at_b.error()).error.reason == common_pb2.ERROR_REASON_PRODUCER_FENCED
+
+
+async def test_a_name_is_not_opened_while_the_store_does_not_say_whose_the_shard_is(
+    pair: Pair, connect: Connect
+) -> None:
+    a, shard = pair.a, pair.of_a
+    registered = await connect(a).register("p")
+    producer_id, epoch = registered.producer_id, registered.epoch
+    await a.shard(TOPIC, shard)
+    async with ProduceClient(connect(a)) as client:
+        pair.cluster.store.silent_reads[KEYSPACE.shard_prefix(shard)] = 1
+        await client.send_open(shard, producer_id=producer_id, epoch=epoch, name="p")
+        assert (await client.error()).error.reason == UNAVAILABLE
+        await client.open(shard, handle=2, producer_id=producer_id, epoch=epoch, name="p")
+        # What this very owner has opened before it opens again, whatever the store says.
+        pair.cluster.store.silent_reads[KEYSPACE.shard_prefix(shard)] = 1
+        await client.open(shard, handle=3, producer_id=producer_id, epoch=epoch, name="p")
+
+
 async def test_every_broker_tells_clients_who_else_is_in_the_cluster(pair: Pair, connect: Connect) -> None:
     request = broker_pb2.ResolveRequest(topic=TOPIC).SerializeToString()
     answer = await connect(pair.a).raw("BrokerService", "Resolve", request)

@@ -196,6 +196,25 @@ async def test_a_subscription_that_is_missing_is_created_only_if_a_start_is_give
     assert [record.name for record in await topics.subscriptions(TOPIC)] == ["s"]
 
 
+async def test_a_registration_that_comes_late_or_once_more_takes_nothing(store: DoubtfulStore, topics: Topics) -> None:
+    await topics.create(TOPIC, 1)
+    older = await topics.register_producer(TOPIC, "p", 0)
+    assert (older.epoch, older.taken) == (1, True)
+    assert await topics.register_producer(TOPIC, "p", 0) == older._replace(taken=False)
+    newer = await topics.register_producer(TOPIC, "p", 1)
+    assert (newer.epoch, newer.taken) == (2, True)
+    for of_the_older in (0, 1):
+        assert await topics.register_producer(TOPIC, "p", of_the_older) == newer._replace(taken=False)
+    copies = await asyncio.gather(*(topics.register_producer(TOPIC, "p", 2) for _ in range(3)))
+    assert sorted((copy.epoch, copy.taken) for copy in copies) == [(3, False), (3, False), (3, True)]
+    # Applied without an answer: its epoch is nobody's, and the next request takes the one after it.
+    store.lose = "reply"
+    with pytest.raises(MetadataUnavailable):
+        await topics.register_producer(TOPIC, "p", 3)
+    assert not (await topics.register_producer(TOPIC, "p", 3)).taken
+    assert (await topics.register_producer(TOPIC, "p", 4))[1:] == (5, True)
+
+
 async def test_registering_a_producer_takes_the_next_epoch_each_time(store: DoubtfulStore, topics: Topics) -> None:
     await topics.create(TOPIC, 1)
     records = await asyncio.gather(*(topics.register_producer(TOPIC, "p") for _ in range(5)))

@@ -133,6 +133,8 @@ class ScriptedCluster:
         self.on_close: Callable[[], common_pb2.Error | None] = lambda: None
         """What closing a consumer ends with."""
         self.on_admin: Callable[[ScriptedBroker], common_pb2.Error | None] = lambda broker: None
+        self.rivals = False
+        """Others register every name first."""
         self.pushes = False
         """Brokers push layouts: at `push`, and to whoever begins to watch."""
         self.opens = 0
@@ -338,10 +340,12 @@ class ScriptedBroker:
     async def _register(self, data: bytes, context: Any) -> bytes:
         request = broker_pb2.RegisterProducerRequest.FromString(data)
         name = (request.topic, request.name)
-        self.cluster.epochs[name] = self.cluster.epochs.get(name, 0) + 1
+        newest = self.cluster.epochs.get(name, 0)
+        outdated = self.cluster.rivals or request.newest_known != newest
+        self.cluster.epochs[name] = newest + (not outdated)
         producer_id = blake2b(f"{request.topic}\0{request.name}".encode(), digest_size=16).digest()
         return broker_pb2.RegisterProducerResponse(
-            producer_id=producer_id, epoch=self.cluster.epochs[name]
+            producer_id=producer_id, epoch=self.cluster.epochs[name], outdated=outdated
         ).SerializeToString()
 
     async def _create_topic(self, data: bytes, context: Any) -> bytes:

@@ -19,6 +19,7 @@ from magnetar.client import (
     MessageId,
     Producer,
     ProducerFenced,
+    RetriableError,
     TopicNotFound,
 )
 from magnetar.client.links import SILENCE_S
@@ -184,6 +185,20 @@ async def test_a_newer_connection_of_the_name_fences_the_older_for_good(
                 older.send_nowait(b"4")
             await newer.send(b"5")
     assert only_shard(cluster).payloads() == [b"1", b"2", b"5"]
+
+
+async def test_a_name_that_others_keep_taking_is_given_up_after_the_timeout(
+    cluster: ScriptedCluster, connecting: Callable[[float], Client]
+) -> None:
+    cluster.create("clicks")
+    cluster.epochs[TOPIC, "importer"] = 7
+    async with connecting(0.3) as client:
+        async with client.producer("clicks", name="importer"):
+            assert cluster.epochs[TOPIC, "importer"] == 8
+        cluster.rivals = True
+        with pytest.raises(RetriableError, match="taking the producer's name"):
+            async with client.producer("clicks", name="importer"):
+                raise AssertionError
 
 
 async def test_a_topic_that_is_deleted_ends_the_producer(cluster: ScriptedCluster, client: Client) -> None:

@@ -40,8 +40,6 @@ KEPT = "public/default/kept"
 TRIMMED = "public/default/trimmed"
 HOLD = "hold"
 CALLS = 500
-NAMED = ("named", "numbered", "trimmed")
-"""Actors whose producers have names that nobody else has."""
 KEYS = 12
 LARGE_BYTES = 24_000
 """One message in ten is up to this large, so that segments fill up."""
@@ -184,9 +182,7 @@ class Actor:
         except MagnetarError as error:
             note(self.name, what, "failed:", type(error).__name__, str(error))
             self.oracle.failed_calls += 1
-            if isinstance(error, ProducerFenced) and self.name in NAMED:
-                self.oracle.met("a registration that arrived late fenced its own producer")
-            elif not isinstance(error, self.role.errors):
+            if not isinstance(error, self.role.errors):
                 self.oracle.fail(f"availability: a call of {self.name} failed: {type(error).__name__} {error}")
         else:
             note(self.name, what, "done")
@@ -311,8 +307,6 @@ class Holding:
 
     began: float
     opened: float = math.inf
-    certain: bool = False
-    """No broker that was replaced without knowing it can have answered the opening: such a one fences nobody."""
 
 
 class Rivalling:
@@ -336,12 +330,9 @@ class Rivalling:
         self._holdings.append(mine)
         async with client.producer(KEPT, name="rival") as producer:
             mine.opened = actor.oracle.now()
-            shards = await actor.workload.shards_of(KEPT)
-            mine.certain = all(actor.world.certain_since(shard, mine.began) for shard in shards)
             while actor.take():
                 now = actor.oracle.now()
-                later = [other for other in self._holdings if other.began > mine.opened and other.opened < now]
-                fenced = any(other.certain for other in later)
+                fenced = any(other.began > mine.opened and other.opened < now for other in self._holdings)
                 self._next += 1
                 payload = f"{actor.name}:{self._next}:{'fenced' if fenced else ''}".encode()
                 label = f"{actor.name}.{mine.began}"

@@ -107,11 +107,27 @@ class Lanes:
             self._adopt(await self._cluster.layouts.get(self._topic, create=True))
 
     async def _register(self) -> None:
-        request = broker_pb2.RegisterProducerRequest(topic=self._topic, name=self.name).SerializeToString()
-        answer = await self._cluster.brokers.call(BROKER_SERVICE + "RegisterProducer", request)
-        registered = broker_pb2.RegisterProducerResponse.FromString(answer)
+        """Take the name's next epoch.
+
+        Each request names the newest one that is known, and takes nothing if another one is: a copy of it that arrives
+        when this producer, or one that came later, has its epoch already is harmless.
+        """
+        registered = await self._take_epoch_after(0)
+        deadline = asyncio.get_running_loop().time() + self._cluster.timeout_s
+        while registered.outdated:
+            if asyncio.get_running_loop().time() >= deadline:
+                raise RetriableError(
+                    f"others keep taking the producer's name, try again later: "
+                    f"producer=`{self.name}` topic=`{self._topic}` epoch=`{registered.epoch}`"
+                )
+            registered = await self._take_epoch_after(registered.epoch)
         self.producer_id, self.epoch = registered.producer_id, registered.epoch
         self._keyless_slot = slot_of(self.producer_id)
+
+    async def _take_epoch_after(self, newest_known: int) -> broker_pb2.RegisterProducerResponse:
+        request = broker_pb2.RegisterProducerRequest(topic=self._topic, name=self.name, newest_known=newest_known)
+        answer = await self._cluster.brokers.call(BROKER_SERVICE + "RegisterProducer", request.SerializeToString())
+        return broker_pb2.RegisterProducerResponse.FromString(answer)
 
     async def _fence_older(self) -> None:
         """Open at every shard: the brokers refuse older connections of the name from then on."""

@@ -65,20 +65,24 @@ class WatchLayoutResponse(_message.Message):
     def __init__(self, layout: _Optional[_Union[Layout, _Mapping]] = ..., brokers: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class RegisterProducerRequest(_message.Message):
-    __slots__ = ("topic", "name")
+    __slots__ = ("topic", "name", "newest_known")
     TOPIC_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
+    NEWEST_KNOWN_FIELD_NUMBER: _ClassVar[int]
     topic: str
     name: str
-    def __init__(self, topic: _Optional[str] = ..., name: _Optional[str] = ...) -> None: ...
+    newest_known: int
+    def __init__(self, topic: _Optional[str] = ..., name: _Optional[str] = ..., newest_known: _Optional[int] = ...) -> None: ...
 
 class RegisterProducerResponse(_message.Message):
-    __slots__ = ("producer_id", "epoch")
+    __slots__ = ("producer_id", "epoch", "outdated")
     PRODUCER_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
+    OUTDATED_FIELD_NUMBER: _ClassVar[int]
     producer_id: bytes
     epoch: int
-    def __init__(self, producer_id: _Optional[bytes] = ..., epoch: _Optional[int] = ...) -> None: ...
+    outdated: bool
+    def __init__(self, producer_id: _Optional[bytes] = ..., epoch: _Optional[int] = ..., outdated: bool = ...) -> None: ...
 
 class ProduceRequest(_message.Message):
     __slots__ = ("hello", "open", "batches", "close")

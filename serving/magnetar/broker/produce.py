@@ -359,7 +359,7 @@ class ProduceStream:
             _check_producer(topic, request)
             shard = await self._broker.shard(topic, request.shard_id)
             if request.name and not shard.producers.knows(handle.producer_id, handle.epoch):
-                await self._check_epoch(topic, request)
+                await self._check_epoch(topic, request, shard)
             if handle.state is not HandleState.OPENING:
                 return
             handle.shard = shard
@@ -372,13 +372,25 @@ class ProduceStream:
                 refused = Refused(common_pb2.ERROR_REASON_INTERNAL, "internal error: the broker's log has the details")
             handle.end(refused)
 
-    async def _check_epoch(self, topic: str, request: broker_pb2.OpenProducer) -> None:
-        """The table of a shard taken over knows the epochs of what was stored, not those that were only opened."""
+    async def _check_epoch(self, topic: str, request: broker_pb2.OpenProducer, shard: ServedShard) -> None:
+        """The epoch is the newest of its name, and lower ones are refused by this owner or any later one from here on.
+
+        The table of a shard taken over knows the epochs of what was stored, not those that were only opened. So:
+
+        1. The shard was taken over, which made its table. 2. The name's record is read: a connection that was replaced
+        before this is refused. 3. It is read whose the shard is: a broker that was replaced without knowing it would
+        open the new connection, while the old one goes on at the next owner.
+
+        In this order, since the record shows that the epoch was registered, and only then the shard was still ours.
+        Whoever claims it later begins with an empty table, so it opens an older connection in step 2 or not at all.
+        An epoch that this table knows has been through this: no need to ask again. A silent store: try again.
+        """
         newest = await self._broker.producer_epoch(topic, request.name)
         if newest < request.epoch:
             raise invalid_argument(f"the producer is not registered: register its name producer=`{request.name}`")
         if newest > request.epoch:
             raise fenced(f"a newer connection holds this producer producer=`{request.name}` epoch=`{newest}`")
+        await shard.check_owned()
 
     def _close(self, number: int) -> None:
         if number not in self._handles:

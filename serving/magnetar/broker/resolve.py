@@ -50,9 +50,11 @@ class Resolver:
 
     async def register_producer(self, data: bytes, _context: Context) -> bytes:
         request = parse(broker_pb2.RegisterProducerRequest, data)
-        record = await self._topics.register_producer(topic_name(request.topic), checked_name("producer", request.name))
+        topic, name = topic_name(request.topic), checked_name("producer", request.name)
+        newest_known = request.newest_known if request.HasField("newest_known") else None
+        registered = await self._topics.register_producer(topic, name, newest_known)
         return broker_pb2.RegisterProducerResponse(
-            producer_id=record.producer_id, epoch=record.epoch
+            producer_id=registered.producer_id, epoch=registered.epoch, outdated=not registered.taken
         ).SerializeToString()
 
     async def watch_layout(self, data: bytes, stream: ServerStream) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from contextlib import suppress
 from typing import NamedTuple, Protocol
 
 import structlog
@@ -20,6 +21,7 @@ from magnetar.broker.refusals import RETRY_AFTER_MS, not_owner, subscription_not
 from magnetar.broker.subscription import Subscription
 from magnetar.broker.topics import Topics
 from magnetar.ledger.client import Standing
+from magnetar.managed_log.errors import LogReleased
 from magnetar.managed_log.log import ManagedLog, PendingBatch
 from magnetar.metadata.records import (
     Anchor,
@@ -282,6 +284,15 @@ class ServedShard:
         """Raises Refused(NOT_OWNER) once the shard is released."""
         if self._closing or self.released.is_set():
             raise self.refusal()
+
+    async def check_owned(self) -> None:
+        """Reads that no other broker had claimed the shard before this was called; one that is lost is released.
+
+        Raises Refused(NOT_OWNER), MetadataUnavailable.
+        """
+        with suppress(LogReleased):
+            await self.log.check_owned()
+        self.check_served()
 
     def refusal(self) -> Refused:
         """What to tell those who want something of a released shard."""

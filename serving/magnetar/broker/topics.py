@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from magnetar.broker import layout
 from magnetar.broker.dedup import named_producer_id
@@ -61,6 +62,14 @@ PAGE_KEYS = 1_000
 class _Stored:
     record: TopicRecord
     mod_revision: int
+
+
+class RegisteredProducer(NamedTuple):
+    """The newest epoch of a producer's name, and whether it was taken for who asks."""
+
+    producer_id: bytes
+    epoch: int
+    taken: bool
 
 
 class _Load:
@@ -312,19 +321,25 @@ class Topics:
 
     # --- named producers ---
 
-    async def register_producer(self, topic: str, name: str) -> ProducerRecord:
-        """Takes the next epoch of a name. Older connections are refused wherever this one opens."""
+    async def register_producer(self, topic: str, name: str, newest_known: int | None = None) -> RegisteredProducer:
+        """Takes the next epoch of a name. Older connections are refused wherever this one opens.
+
+        newest_known   take it only after this one: what a client asked for before it was answered, or before another
+                       one came, may arrive much later, and must not take the name from whoever uses it by then
+        """
         key = self._keyspace.producer(topic, name)
         producer_id = named_producer_id(topic, name)
         for _ in range(CAS_ATTEMPTS):
             stored = await self._existing(topic)
             found = await self._store.get(key)
-            epoch = 1 if found is None else decode_producer(found.value).epoch + 1
-            record = ProducerRecord(producer_id, epoch)
+            newest = 0 if found is None else decode_producer(found.value).epoch
+            if newest_known not in (None, newest):
+                return RegisteredProducer(producer_id, newest, taken=False)
+            record = ProducerRecord(producer_id, newest + 1)
             compares = [self._is_still(topic, stored), absent(key) if found is None else _same(found)]
             # With an unknown outcome the error goes out: the epoch may be taken, and is then taken for nobody.
             if (await self._store.txn(compares, [Put(key, encode_producer(record))])).succeeded:
-                return record
+                return RegisteredProducer(producer_id, record.epoch, taken=True)
         raise _contended("producer", name)
 
     async def producer_epoch(self, topic: str, name: str) -> int:

@@ -471,6 +471,10 @@ class ManagedLog:
         """The broker registered again: its new session owns the shard, in the same epoch. Raises LogReleased."""
         await self._shard.renew_session(session)
 
+    async def check_owned(self) -> None:
+        """Reads that nobody had claimed the shard before this was called. Raises LogReleased, MetadataUnavailable."""
+        await self._shard.check_owned()
+
     async def standing(self) -> Standing:
         """What bookies say about this owner, asked for each ledger that is open: LOST if one of them was fenced.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any, NoReturn, TypeVar
@@ -275,7 +275,8 @@ class OwnedShard:
                 return await self.client.recover(ledger)
             except RecoveryUndecided as error:
                 if isinstance(error, RecoverySuperseded):
-                    await self._verify()
+                    with suppress(MetadataUnavailable):  # a silent store proves nothing
+                        await self.check_owned()
                 made += 1
                 if made == attempts:
                     raise
@@ -283,14 +284,15 @@ class OwnedShard:
             await retry.wait()
             self.check_served()
 
-    async def _verify(self) -> None:
-        """Reads whose the shard is. Raises LogReleased if another's; a silent store proves nothing."""
+    async def check_owned(self) -> None:
+        """Reads whose the shard is. Raises LogReleased if not this owner's; MetadataUnavailable proves nothing."""
+        self.check_served()
         try:
             await self.metadata.verify()
         except OwnershipLost as lost:
+            if self._given_up is not None:  # the change that does it ends this shard
+                raise LogReleased(self.shard_id, self._given_up) from None
             self._claimed_by(lost.owner)
-        except MetadataUnavailable:
-            return
 
     # --- the end of ownership ---
 
