@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +26,7 @@ from magnetar.bookie.rocksdb import RocksEntryStore
 
 MEMORY_BYTES = 32 << 20
 GROUPS = 60
+INODES = 100
 MARK = LedgerMark(b"t" * 16, 1, stored=True)
 
 
@@ -288,6 +293,52 @@ async def test_a_store_that_cannot_write_says_so(tmp_path: Path, monkeypatch: py
         await store.commit(GroupWrites())
     monkeypatch.setattr(store, "_db", sound)
     await store.close()
+
+
+@pytest.fixture
+def few_inodes(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own that has room for few files."""
+    if os.geteuid():
+        pytest.skip("mounting needs root")
+    mounted = tmp_path / "few"
+    mounted.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size=256m,nr_inodes={INODES}", "tmpfs", str(mounted)], check=True)
+    try:
+        yield mounted
+    finally:
+        subprocess.run(["umount", "--lazy", str(mounted)], check=True)
+
+
+async def test_a_file_system_without_inodes_fails_the_store_and_what_was_stored_is_there_when_it_has_some(
+    few_inodes: Path, tmp_path: Path, writer: Any
+) -> None:
+    store = await open_store(few_inodes / "store")
+    fillers = few_inodes / "fillers"
+    fillers.mkdir()
+    with suppress(OSError):
+        for number in range(INODES):
+            (fillers / str(number)).touch()
+    payload = b"x" * (1 << 20)
+    stored = await committed_until_it_fails(store, [writer(7).entry(number, payload) for number in range(200)])
+    crashed = shutil.copytree(few_inodes / "store", tmp_path / "crashed")
+    with pytest.raises(Exception, match="No space left"):
+        await store.close()
+
+    store = await open_store(crashed)
+    assert not store.doubt
+    for entry_id in range(stored):
+        [read] = await store.read([EntryQuery(7, entry_id, entry_id, 2 << 20)])
+        assert read.values[0] == writer(7).entry(entry_id, payload)
+    await store.close()
+
+
+async def committed_until_it_fails(store: RocksEntryStore, entries: Sequence[bytes]) -> int:
+    for entry_id, entry in enumerate(entries):
+        try:
+            await store.commit(GroupWrites(entries=[(7, entry_id, entry)], marks={7: MARK}))
+        except StoreFailed:
+            return entry_id
+    raise AssertionError("it never failed")
 
 
 async def test_deleted_ledgers_give_their_space_back_and_the_living_lose_nothing(tmp_path: Path, writer: Any) -> None:

@@ -59,7 +59,17 @@ class Network:
     @contextmanager
     def cut(self, one: str, others: Sequence[str]) -> Iterator[None]:
         """Nothing goes between this host and those, in either direction, while this lasts."""
-        pairs = [pair for other in others for pair in ((one, other), (other, one))]
+        with self._lost([pair for other in others for pair in ((one, other), (other, one))]):
+            yield
+
+    @contextmanager
+    def cut_one_way(self, senders: Sequence[str], receivers: Sequence[str]) -> Iterator[None]:
+        """Nothing that these hosts send to those arrives while this lasts; what those send to them does."""
+        with self._lost([(sender, receiver) for sender in senders for receiver in receivers]):
+            yield
+
+    @contextmanager
+    def _lost(self, pairs: Sequence[tuple[str, str]]) -> Iterator[None]:
         for sender, receiver in pairs:
             self._lose(sender, receiver)
         try:

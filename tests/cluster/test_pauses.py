@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from cluster.harness import LEASE_S, Cluster
+from cluster.harness import LEASE_S, METADATA, Cluster, until
 from cluster.load import Judge, Load
 
 from magnetar.client.sync import Client
@@ -17,6 +17,9 @@ QUIET_S = 10.0
 ASKING_S = 10.0
 
 WORSE_AT_MOST = 2.0
+GOES_ON_S = 2.0
+"""No producer waits longer for an answer where publishing goes on."""
+
 TAKEOVER_S = LEASE_S + 1.0
 
 
@@ -41,6 +44,8 @@ def test_sigstop_of_a_bookie_is_hidden_by_the_others(cluster: Cluster, load: Loa
         load.run(2.0)
     judge(load)
     before, meanwhile = (load.history.latencies(*window) for window in (quiet, stopped))
+    pause_s = load.history.longest_pause(*stopped)
+    assert pause_s < GOES_ON_S
     print(f"p99.9 of publishing: quiet {before.p999:.0f} ms, a bookie stopped {meanwhile.p999:.0f} ms")
     assert meanwhile.p999 <= WORSE_AT_MOST * before.p999
 
@@ -62,6 +67,36 @@ def test_sigstop_of_a_broker_makes_no_second_writer(cluster: Cluster, load: Load
             assert victim not in owners(client, load.topic)
     judge(load)
     assert load.history.longest_pause() < TAKEOVER_S
+
+
+def test_sigstop_of_the_metadata_store_holds_up_nobody(cluster: Cluster, load: Load, judge: Judge) -> None:
+    load.run(2.0)
+    with cluster.connect() as client:
+        before = owners(client, load.topic)
+    # Sessions may end when it goes on: etcd counts the time it stood still, our server does not.
+    with load.fault("SIGSTOP metadata", redelivers=True):
+        cluster.pause(METADATA)
+        stopped = load.run(PAUSE_S)
+        cluster.resume(METADATA)
+        load.run(LEASE_S + 3.0)
+        with cluster.connect() as client:
+            until("all are registered", lambda: is_well(client, cluster))
+            after = owners(client, load.topic)
+            client.admin.topics.create(f"{load.topic}-after")
+    judge(load)
+    assert load.history.longest_pause(*stopped) < GOES_ON_S
+    assert load.history.longest_pause() < TAKEOVER_S
+    if cluster.metadata_kind == "server":
+        assert after == before
+
+
+def is_well(client: Client, cluster: Cluster) -> bool:
+    health = client.admin.cluster.health()
+    return (health.brokers, health.bookies, health.unavailable_shards) == (
+        len(cluster.brokers),
+        len(cluster.bookies),
+        0,
+    )
 
 
 def owners(client: Client, topic: str) -> list[str]:

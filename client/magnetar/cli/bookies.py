@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import typer
 
 from magnetar.cli.command import (
@@ -13,12 +11,9 @@ from magnetar.cli.command import (
     OutputOption,
     ServerOption,
     TimeoutOption,
-    run_with_client,
+    show_list,
 )
-from magnetar.cli.output import Size, emit_json, emit_table, plain
-
-if TYPE_CHECKING:
-    from magnetar.client import BookieDescription, Client
+from magnetar.cli.output import Size
 
 app = typer.Typer(help="The storage nodes.", no_args_is_help=True)
 
@@ -35,18 +30,11 @@ def list_(
     timeout: TimeoutOption = DEFAULT_TIMEOUT_S,
 ) -> None:
     """Lists the bookies, also lost ones: their state, and what they hold of the cluster's ledgers."""
-
-    async def body(client: Client) -> list[BookieDescription]:
-        return await client.admin.bookies.list()
-
-    found = run_with_client(server, timeout, body)
-    if output is Output.json:
-        emit_json(plain(found))
-    else:
-        emit_table(
-            ["bookie", "address", "state", "rack", "ledgers", "bytes", "disk free"],
-            [
-                (one.id, one.address, one.state, one.rack, one.ledgers, Size(one.bytes), Size(one.disk_free_bytes))
-                for one in found
-            ],
-        )
+    show_list(
+        lambda client: client.admin.bookies.list(),
+        ["bookie", "address", "state", "rack", "ledgers", "bytes", "disk free"],
+        lambda one: (
+            one.id, one.address, one.state, one.rack, one.ledgers, Size(one.bytes), Size(one.disk_free_bytes),
+        ),
+        output, server, timeout,
+    )  # fmt: skip

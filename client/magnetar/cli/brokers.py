@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import typer
 
 from magnetar.cli.command import (
@@ -13,12 +11,8 @@ from magnetar.cli.command import (
     OutputOption,
     ServerOption,
     TimeoutOption,
-    run_with_client,
+    show_list,
 )
-from magnetar.cli.output import emit_json, emit_table, plain
-
-if TYPE_CHECKING:
-    from magnetar.client import BrokerDescription, Client
 
 app = typer.Typer(help="The servers of topics.", no_args_is_help=True)
 
@@ -35,15 +29,9 @@ def list_(
     timeout: TimeoutOption = DEFAULT_TIMEOUT_S,
 ) -> None:
     """Lists the brokers that have a session, and how many shards each has."""
-
-    async def body(client: Client) -> list[BrokerDescription]:
-        return await client.admin.brokers.list()
-
-    found = run_with_client(server, timeout, body)
-    if output is Output.json:
-        emit_json(plain(found))
-    else:
-        emit_table(
-            ["broker", "address", "shards", "http", "version"],
-            [(one.id, one.address, one.shards, one.http_address, one.version) for one in found],
-        )
+    show_list(
+        lambda client: client.admin.brokers.list(),
+        ["broker", "address", "shards", "http", "version"],
+        lambda one: (one.id, one.address, one.shards, one.http_address, one.version),
+        output, server, timeout,
+    )  # fmt: skip

@@ -9,11 +9,13 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
+
+from magnetar.cli.output import emit_json, emit_table, plain
 
 if TYPE_CHECKING:
     from magnetar.client import Client
@@ -132,6 +134,22 @@ def run_with_client(server: str, timeout: float, body: Callable[[Client], Awaita
             return await body(client)
 
     return run(main())
+
+
+def show_list(
+    found: Callable[[Client], Awaitable[Sequence[T]]],
+    columns: Sequence[str],
+    row: Callable[[T], Sequence[object]],
+    output: Output,
+    server: str,
+    timeout: float,
+) -> None:
+    """Connects, finds what is to be listed, and prints it: a JSON array, or a table with a row for each."""
+    ones = run_with_client(server, timeout, found)
+    if output is Output.json:
+        emit_json(plain(ones))
+    else:
+        emit_table(columns, [row(one) for one in ones])
 
 
 async def find_server(server: str, timeout: float) -> None:

@@ -15,6 +15,7 @@ from magnetar.cli.command import (
     ServerOption,
     TimeoutOption,
     run_with_client,
+    show_list,
 )
 from magnetar.cli.output import Size, emit_facts, emit_json, emit_table, plain
 
@@ -32,24 +33,15 @@ def list_(
     timeout: TimeoutOption = DEFAULT_TIMEOUT_S,
 ) -> None:
     """Lists ledgers, oldest first."""
-
-    async def body(client: Client) -> Sequence[LedgerDescription]:
-        return await client.admin.ledgers.list(topic)
-
-    found = run_with_client(server, timeout, body)
-    if output is Output.json:
-        emit_json(plain(found))
-    else:
-        emit_table(
-            ["ledger", "topic", "shard", "purpose", "state", "entries", "bytes", "bookies"],
-            [
-                (
-                    str(one.ledger), one.topic, str(one.shard), one.purpose, one.state, one.entries,
-                    _bytes(one), _bookies(one.fragments[-1].bookies),
-                )
-                for one in found
-            ],
-        )  # fmt: skip
+    show_list(
+        lambda client: client.admin.ledgers.list(topic),
+        ["ledger", "topic", "shard", "purpose", "state", "entries", "bytes", "bookies"],
+        lambda one: (
+            str(one.ledger), one.topic, str(one.shard), one.purpose, one.state, one.entries,
+            _bytes(one), _bookies(one.fragments[-1].bookies),
+        ),
+        output, server, timeout,
+    )  # fmt: skip
 
 
 @app.command()

@@ -18,6 +18,7 @@ from magnetar.cli.command import (
     TimeoutOption,
     TopicArgument,
     run_with_client,
+    show_list,
 )
 from magnetar.cli.output import Size, emit_facts, emit_json, emit_table, human_seconds, note, plain
 from magnetar.cli.position import parse_position
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
         CursorDescription,
         SubscriptionDeletion,
         SubscriptionDescription,
-        SubscriptionSummary,
     )
 
 app = typer.Typer(help="Durable positions in topics.", no_args_is_help=True)
@@ -42,18 +42,12 @@ def list_(
     timeout: TimeoutOption = DEFAULT_TIMEOUT_S,
 ) -> None:
     """Lists the subscriptions of a topic with their backlogs."""
-
-    async def body(client: Client) -> Sequence[SubscriptionSummary]:
-        return await client.admin.subscriptions.list(topic)
-
-    summaries = run_with_client(server, timeout, body)
-    if output is Output.json:
-        emit_json(plain(summaries))
-    else:
-        emit_table(
-            ["subscription", "type", "backlog", "consumers"],
-            [(one.subscription, one.type, one.backlog_messages, one.consumers) for one in summaries],
-        )
+    show_list(
+        lambda client: client.admin.subscriptions.list(topic),
+        ["subscription", "type", "backlog", "consumers"],
+        lambda one: (one.subscription, one.type, one.backlog_messages, one.consumers),
+        output, server, timeout,
+    )  # fmt: skip
 
 
 @app.command()
