@@ -13,7 +13,7 @@ import pytest
 
 from magnetar.bookie.cookies import BookieRefusal, Identity, establish_identity, repair_identity
 from magnetar.bookie.directory import DirectoryInUse, DirectoryLock
-from magnetar.bookie.entry_store import GroupWrites
+from magnetar.bookie.entry_store import GroupWrites, StoreFailed
 from magnetar.bookie.memory import MemoryEntryStore
 from magnetar.ledger.bookie_rpc import AddStatus, EntryOutcome
 from magnetar.metadata.codec import decode_bookie, decode_cookie, encode_cookie, encode_counter
@@ -38,6 +38,15 @@ async def test_a_new_bookie_stamps_both_places_and_starts_again(metadata: Metada
     assert decode_cookie(known.value) == identity.cookie
     assert identity.limbo_floor == 0
     assert await establish(store.crash(), metadata) == identity
+
+
+async def test_a_stamp_that_cannot_be_synced_ends_the_process_as_any_failed_fsync_does(bookies: Any) -> None:
+    async def sync() -> None:
+        raise OSError(5, "Input/output error")
+
+    with pytest.raises(StoreFailed):
+        await bookies.start(store=MemoryEntryStore(sync))
+    assert bookies.deaths.messages.pop() == "fsync failed error=`[Errno 5] Input/output error`"
 
 
 async def test_bookies_of_a_cluster_share_its_instance_id_and_not_their_directories(metadata: MetadataStore) -> None:

@@ -26,7 +26,7 @@ from magnetar.ledger.client import (
     WriteHandle,
     WriterClosed,
 )
-from magnetar.metadata.records import VACANT, BookieState, LedgerPurpose, LedgerRecord, LedgerState
+from magnetar.metadata.records import VACANT, BookieState, Fragment, LedgerPurpose, LedgerRecord, LedgerState
 
 
 class Ledgers:
@@ -232,6 +232,20 @@ async def test_the_writer_can_ask_whether_the_ledger_is_still_its_own(ledgers: L
     await ledgers.client.recover(ledgers.record)
     assert await writer.standing() is Standing.LOST
     assert [lost.reason for lost in ledgers.lost] == [LostReason.STALE_EPOCH]
+
+
+async def test_one_bookie_that_was_not_fenced_vouches_for_nobody_if_another_one_could_be(ledgers: Ledgers) -> None:
+    pair = (Fragment(0, ("b1", "b2")),)
+    ledgers.record = replace(ledgers.record, write_quorum=2, ack_quorum=2, fragments=pair)
+    writer = ledgers.writer()
+    assert await writer.standing() is Standing.MINE
+    ledgers.bookies["b2"].down = True
+    ledgers.claim()
+    assert (await ledgers.client.recover(ledgers.record)).record.last_entry == -1
+    ledgers.bookies["b1"].down, ledgers.bookies["b2"].down = True, False
+    assert await writer.standing() is Standing.UNKNOWN
+    ledgers.bookies["b1"].down = False
+    assert await writer.standing() is Standing.LOST
 
 
 async def test_a_reader_goes_to_the_next_replica_and_hedges_slow_ones(ledgers: Ledgers) -> None:

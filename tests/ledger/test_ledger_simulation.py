@@ -175,7 +175,7 @@ BUGS = {
         recovery, "_range(witness, first, last, fence=True)", "_range(witness, first, last, fence=False)",
     ),
     "one denial is enough": (
-        recovery, ".bit_count() >= self.quorum.coverage:", ".bit_count() >= self.quorum.coverage - 1:",
+        recovery, "self.quorum.is_denied(self.frontier, tally.denied, self._filled):", "tally.denied:",
     ),
     "unknown is a denial": (recovery, "tally.unknown |= witness.bit\n", "tally.denied |= witness.bit\n"),
     "closed before it is written back": (recovery, "        elif self._writer.is_settled:\n", "        else:\n"),

@@ -11,13 +11,18 @@ SHAPES = [(1, 1, 1), (3, 3, 2), (3, 2, 2), (5, 3, 2), (4, 4, 3), (5, 5, 3), (3, 
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_any_coverage_meets_any_ack_quorum(shape: tuple[int, int, int]) -> None:
+def test_what_denies_an_entry_meets_any_ack_quorum_of_the_places_that_are_filled(shape: tuple[int, int, int]) -> None:
     quorum = Quorum(*shape)
     for entry_id in range(quorum.ensemble_size):
         write_set = quorum.write_set(entry_id)
-        for acknowledged in combinations(write_set, quorum.ack_quorum):
-            for denied in combinations(write_set, quorum.coverage):
-                assert mask_of(acknowledged) & mask_of(denied)
+        for vacant in range(quorum.write_quorum - quorum.ack_quorum + 1):
+            filled = write_set[vacant:]
+            denials = len(filled) - quorum.ack_quorum + 1
+            for denied in combinations(filled, denials):
+                assert quorum.is_denied(entry_id, mask_of(denied), mask_of(filled))
+                assert not quorum.is_denied(entry_id, mask_of(denied[1:]), mask_of(filled))
+                for acknowledged in combinations(filled, quorum.ack_quorum):
+                    assert mask_of(acknowledged) & mask_of(denied)
 
 
 def test_a_write_set_wraps_around_the_ensemble() -> None:
@@ -30,19 +35,31 @@ def test_a_write_set_wraps_around_the_ensemble() -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_covered_means_that_too_few_are_silent_to_hide_an_acknowledged_entry(shape: tuple[int, int, int]) -> None:
     quorum = Quorum(*shape)
-    for known in range(1 << quorum.ensemble_size):
-        silent = ~known
-        hidden = any((quorum.write_mask(e) & silent).bit_count() >= quorum.ack_quorum for e in range(shape[0]))
-        assert quorum.is_covered(known) == (not hidden)
+    for filled in range(1 << quorum.ensemble_size):
+        if not quorum.can_acknowledge(filled):
+            continue
+        for known in range(1 << quorum.ensemble_size):
+            silent = filled & ~known
+            hidden = any((quorum.write_mask(e) & silent).bit_count() >= quorum.ack_quorum for e in range(shape[0]))
+            assert quorum.is_covered(known, filled) == (not hidden)
 
 
-def test_a_vacant_place_neither_acknowledges_nor_covers() -> None:
-    quorum = Quorum(3, 3, 2)
-    assert filled_mask(("a", VACANT, "c")) == 0b101
-    assert quorum.can_acknowledge(0b101)
-    assert quorum.is_covered(0b101)
+def test_a_vacant_place_neither_acknowledges_nor_speaks() -> None:
+    quorum, filled = Quorum(3, 3, 2), filled_mask(("a", VACANT, "c"))
+    assert filled == 0b101
+    assert quorum.can_acknowledge(filled)
     assert not quorum.can_acknowledge(0b001)
-    assert not quorum.is_covered(0b001)
+    assert quorum.is_covered(0b001, filled)
+    assert not quorum.is_covered(0b010, filled)
+    assert not quorum.is_denied(0, 0b010, filled)
+
+
+def test_nothing_is_proved_where_nobody_said_anything() -> None:
+    """Not even of an ensemble in which nothing can be acknowledged."""
+    quorum = Quorum(3, 3, 2)
+    for filled in (0b000, 0b001):
+        assert not quorum.is_covered(0, filled)
+        assert not quorum.is_denied(0, 0, filled)
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 2), (3, 2, 3), (3, 3, 0), (33, 3, 2)])

@@ -38,6 +38,7 @@ from magnetar.wire import envelope
 
 RECORD = ledger_record(("a", "b", "c")).with_state(LedgerState.IN_RECOVERY, epoch=5)
 LEDGER = RECORD.ledger_id
+BESIDE_VACANT = replace(RECORD, fragments=(Fragment(0, ("a", "b", VACANT)),))
 NOTHING = LacResult(EntryOutcome.PROVABLY_NOT)
 UNKNOWN_LAC = LacResult(EntryOutcome.UNKNOWN, message="limbo")
 DENIED = EntryAnswer(EntryOutcome.PROVABLY_NOT)
@@ -220,15 +221,39 @@ def test_a_hung_majority_is_not_waited_for_for_ever(make: MakeRecovery) -> None:
     assert undecided.said["b"] == "no answer yet"
 
 
-def test_a_vacant_place_counts_as_unknown(make: MakeRecovery) -> None:
-    record = replace(RECORD, fragments=(Fragment(0, ("a", "b", VACANT)),))
-    recovery = make(record, "a b")
+def test_beside_a_vacant_place_one_denial_is_enough_for_nothing_is_acknowledged_without_both(
+    make: MakeRecovery,
+) -> None:
+    recovery = make(BESIDE_VACANT, "a b")
     assert recovery.begin() == [ask_lac(1, "a"), ask_lac(2, "b")]
+    assert recovery.lac("b", UNKNOWN_LAC) == []
+    assert recovery.lac("a", lac(0, 1)) == [ask(3, "a", 1, 2), ask(4, "b", 1, 2)]
+    assert recovery.read("b", UNKNOWN) == []
+    assert recovery.read("a", have(1), DENIED) == [send(1, "a", 1), send(2, "b", 1)]
+    assert recovery.stored("b") == []
+    assert recovery.stored("a") == [Recovered(closed(BESIDE_VACANT, 1, 20), entry(1))]
+
+
+def test_what_the_other_one_has_beside_a_vacant_place_and_a_bookie_that_does_not_know_is_recovered(
+    make: MakeRecovery,
+) -> None:
+    recovery = make(BESIDE_VACANT, "a b")
+    recovery.begin()
+    recovery.lac("a", lac(-1, 0))
+    recovery.read("b", UNKNOWN)
+    assert recovery.read("a", have(0), DENIED) == [send(1, "a", 0), send(2, "b", 0)]
+    recovery.stored("a")
+    assert recovery.stored("b") == [Recovered(closed(BESIDE_VACANT, 0, 10), entry(0))]
+
+
+def test_a_vacant_place_itself_says_nothing(make: MakeRecovery) -> None:
+    recovery = make(BESIDE_VACANT, "a b")
+    recovery.begin()
     recovery.lac("a", NOTHING)
-    recovery.lac("b", NOTHING)
-    recovery.read("a", DENIED)
+    recovery.read("a", UNKNOWN)
     recovery.read("b", UNKNOWN)
     recovery.tick(0.1)
+    recovery.read("a", UNKNOWN)
     (undecided,) = recovery.read("b", UNKNOWN)
     assert isinstance(undecided, Undecided)
     assert undecided.said["place 2"] == "no bookie fills this place"

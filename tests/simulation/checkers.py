@@ -167,12 +167,6 @@ def check_key_order(oracle: Oracle, subscription: SubscriptionOracle) -> None:
 # --- what stands in the metadata store and on the disks ---
 
 
-def undecidable(world: World) -> bool:
-    """A disk was lost whose bookie has a place in a ledger that is being recovered: that may never be decided."""
-    open_ledgers = [ledger for ledger in world.boundaries.ledgers() if ledger.state is LedgerState.IN_RECOVERY]
-    return any(name in ledger.fragments[-1].bookies for ledger in open_ledgers for name in world.lost_disks)
-
-
 async def check_storage(world: World, oracle: Oracle) -> None:
     """See the module, number 6."""
     keyspace, store = world.keyspace, world.metadata.store

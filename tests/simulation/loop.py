@@ -217,11 +217,13 @@ class SimulatedLoop(asyncio.AbstractEventLoop):
     def kill(self, process: Process) -> list[asyncio.Task[Any]]:
         """Nothing of it runs ever again. Returns its tasks: whoever lets go of them lets their clean-up code run."""
         process.alive = False
+        # A task that has not begun is known to nobody but the callback that begins it.
+        tasks = [t for t in asyncio.all_tasks(self) if isinstance(t, SimulatedTask) and t.process is process]
         process.ready.clear()
         if process.waiting:
             process.waiting = False
             self._runnable.remove(process)
-        return [t for t in asyncio.all_tasks(self) if isinstance(t, SimulatedTask) and t.process is process]
+        return tasks
 
     # --- running ---
 

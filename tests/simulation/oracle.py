@@ -48,14 +48,9 @@ class Oracle:
         """Shard -> topic, as far as it was seen."""
         self.subscriptions: dict[tuple[str, str], SubscriptionOracle] = {}
         self.failed_calls = 0
-        self.known: dict[str, int] = {}
-        """Defects that are known and not mended yet, by name, and how often each was met: see README.md."""
 
     def sending(self, payload: bytes, sent: Sent) -> None:
         self.sent.setdefault(payload, sent)
-
-    def met(self, defect: str) -> None:
-        self.known[defect] = self.known.get(defect, 0) + 1
 
     def confirmed(self, payload: bytes, shard: int, offset: int | None) -> None:
         """A producer was answered."""

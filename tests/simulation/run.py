@@ -16,7 +16,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -29,7 +29,7 @@ import asyncio  # noqa: E402
 
 import structlog  # noqa: E402
 from simulation import entropy, planted  # noqa: E402
-from simulation.checkers import HEALED_S, undecidable, verify  # noqa: E402
+from simulation.checkers import HEALED_S, verify  # noqa: E402
 from simulation.faults import Faults  # noqa: E402
 from simulation.oracle import Oracle, Violation  # noqa: E402
 from simulation.repair import Repair  # noqa: E402
@@ -55,7 +55,6 @@ class Outcome:
     cpu_s: float = 0.0
     turns: int = 0
     facts: str = ""
-    known: dict[str, int] = field(default_factory=dict)
     tail: str = ""
 
 
@@ -83,9 +82,6 @@ class Simulation:
         try:
             self.world.loop.run(self._main())
         except Violation as violation:
-            if str(violation).startswith(("availability", "delivery")) and undecidable(self.world):
-                self.oracle.met("a recovery that a lost disk leaves undecided: an operator has to accept the loss")
-                return ""
             return str(violation)
         except Exception:
             return f"crash: {traceback.format_exc()}"
@@ -155,7 +151,6 @@ def run_seed(seed: int, calls: int, plant: str, verbose: bool) -> Outcome:
         processor_time(),
         world.loop.turns,
         f"messages={len(simulation.oracle.sent)} failed_calls={simulation.oracle.failed_calls}",
-        simulation.oracle.known,
         world.transcript.tail(10**9 if verbose else 120) if violation or verbose else "",
     )
 
@@ -255,7 +250,6 @@ def run_many(first: int, arguments: argparse.Namespace) -> int:
     failed: list[Outcome] = []
     done = 0
     cpu_s = virtual_s = 0.0
-    known: dict[str, int] = {}
     transcripts: dict[int, str] = {}
     times = 2 if arguments.twice else 1
     for outcome in outcomes((seed for seed in range(first, first + arguments.seeds) for _ in range(times)), arguments):
@@ -270,15 +264,11 @@ def run_many(first: int, arguments: argparse.Namespace) -> int:
                 report(outcome, arguments)
                 break
             print(f"{outcome.seed}: {outcome.violation.strip().splitlines()[0][:300]}", flush=True)
-        for defect in outcome.known:
-            known[defect] = known.get(defect, 0) + 1
     elapsed_s = time.monotonic() - started
     print(
         f"{done} seeds, {len(failed)} failed, {elapsed_s:.1f} s: {done / elapsed_s:.2f} seeds/s, "
         f"{done / cpu_s:.2f} a second of processor time; {virtual_s / done:.0f} virtual s a seed"
     )
-    for defect, seeds in known.items():
-        print(f"known: {defect}: {seeds} seeds")
     return 1 if failed else 0
 
 

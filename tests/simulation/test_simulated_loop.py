@@ -85,6 +85,20 @@ def test_a_killed_process_does_nothing_more_not_even_clean_up() -> None:
     assert len(killed) == 1
 
 
+def test_a_task_that_had_not_begun_when_its_process_was_killed_is_among_what_is_left() -> None:
+    loop = new_loop()
+
+    async def main() -> list[asyncio.Task[Any]]:
+        process = Process("victim")
+        spawn(loop, process, work)
+        return loop.kill(process)
+
+    work = asyncio.sleep(1)
+    (left,) = loop.run(main())
+    assert left.get_coro() is work
+    work.close()
+
+
 def test_a_killed_process_hears_of_no_future() -> None:
     loop = new_loop()
     heard: list[object] = []

@@ -27,7 +27,6 @@ from simulation.transcript import Transcript
 
 from magnetar.bookie.bookie import Bookie
 from magnetar.bookie.cookies import BookieRefusal
-from magnetar.bookie.entry_store import StoreFailed
 from magnetar.broker.broker import Broker
 from magnetar.broker.peers import Peers
 from magnetar.client.client import Client
@@ -44,7 +43,7 @@ RESTART_S = 1.0
 STOP_S = 30.0
 CLIENT_TIMEOUT_S = 60.0
 
-NOT_YET = (MetadataError, BookieRefusal, IdInUse, StoreFailed)
+NOT_YET = (MetadataError, BookieRefusal, IdInUse)
 """What a server may end with at its start: it is started again."""
 
 

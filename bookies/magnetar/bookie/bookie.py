@@ -22,7 +22,7 @@ from magnetar.bookie.collector import Collector
 from magnetar.bookie.cookies import BookieRefusal, Identity, establish_identity
 from magnetar.bookie.directory import DirectoryInUse, DirectoryLock
 from magnetar.bookie.disk import DiskGauge, DiskState, gauge_of
-from magnetar.bookie.entry_store import EntryStore, StoreDamaged, StoreUnopenable
+from magnetar.bookie.entry_store import EntryStore, StoreDamaged, StoreFailed, StoreUnopenable
 from magnetar.bookie.group_commit import GROUP_BYTES_MAX, GroupCommit, die
 from magnetar.bookie.handlers import BookieHandlers
 from magnetar.bookie.judge import Conditions, ReadConditions
@@ -118,7 +118,7 @@ class Bookie:
     ) -> Bookie:
         """Returns when the bookie is registered. Without `serve` it is reached through `local()` only.
 
-        Raises BookieRefusal with cause and remedy, ListenError, MetadataUnavailable.
+        Raises BookieRefusal with cause and remedy, ListenError, MetadataUnavailable. A failed fsync ends the process.
         """
         stack = Stack()
         try:
@@ -138,7 +138,9 @@ class Bookie:
             )
             bookie._stack = stack
             await bookie._start(serve)
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, StoreFailed):
+                die(str(error))
             await stack.close()
             raise
         return bookie

@@ -1,8 +1,11 @@
 """Who stores an entry, and how many of them must have spoken. Pure.
 
 A place is an index into an ensemble; sets of places are bit masks, so that counting them costs no allocation. With
-E places, an entry stands on Qw of them (its write set), is acknowledged at Qa, and nothing can be said against it
-before Qw - Qa + 1 members of its write set denied it: any Qa of Qw and any Qw - Qa + 1 of Qw have a member in common.
+E places, an entry stands on Qw of them (its write set), of which F <= Qw are filled, the others vacant. It is
+acknowledged at Qa, and nothing can be said against it before F - Qa + 1 members of its write set denied it: those that
+acknowledge are Qa of these F, and any Qa of F and any F - Qa + 1 of F have a member in common. A vacant place does not
+change that. Whoever comes to fill it begins another fragment, or this one again if nothing of it was confirmed; and
+until that is committed, what he stores does not count: it takes Qa members of both ensembles.
 """
 
 from __future__ import annotations
@@ -18,11 +21,10 @@ PLACES_MAX = 32
 class Quorum:
     """The arithmetic of one (E, Qw, Qa). There are only E distinct write sets, so all are made once.
 
-    coverage   Qw - Qa + 1: so many members of a write set decide that an entry was not acknowledged
     striped    an entry does not stand on every member
     """
 
-    __slots__ = ("_write_masks", "_write_sets", "ack_quorum", "coverage", "ensemble_size", "striped", "write_quorum")
+    __slots__ = ("_write_masks", "_write_sets", "ack_quorum", "ensemble_size", "striped", "write_quorum")
 
     def __init__(self, ensemble_size: int, write_quorum: int, ack_quorum: int) -> None:
         if not PLACES_MAX >= ensemble_size >= write_quorum >= ack_quorum >= 1:
@@ -33,7 +35,6 @@ class Quorum:
         self.ensemble_size = ensemble_size
         self.write_quorum = write_quorum
         self.ack_quorum = ack_quorum
-        self.coverage = write_quorum - ack_quorum + 1
         self.striped = ensemble_size != write_quorum
         self._write_sets = tuple(
             tuple((first + k) % ensemble_size for k in range(write_quorum)) for first in range(ensemble_size)
@@ -54,9 +55,18 @@ class Quorum:
     def write_mask(self, entry_id: int) -> int:
         return self._write_masks[entry_id % self.ensemble_size]
 
-    def is_covered(self, known: int) -> bool:
-        """True if enough members of every write set have spoken that no acknowledged entry can be hidden from them."""
-        return all((mask & known).bit_count() >= self.coverage for mask in self._write_masks)
+    def is_denied(self, entry_id: int, denied: int, filled: int) -> bool:
+        """True if so many of the filled places have denied the entry that it was not acknowledged."""
+        return self._covers(self.write_mask(entry_id), denied, filled)
+
+    def is_covered(self, known: int, filled: int) -> bool:
+        """True if so many of the filled places have spoken that no acknowledged entry can be hidden from them."""
+        return all(self._covers(mask, known, filled) for mask in self._write_masks)
+
+    def _covers(self, write_mask: int, spoken: int, filled: int) -> bool:
+        """F - Qa + 1 of F, and at least one, whatever the record says."""
+        needed = (write_mask & filled).bit_count() - self.ack_quorum + 1
+        return (write_mask & filled & spoken).bit_count() >= max(needed, 1)
 
     def can_acknowledge(self, answering: int) -> bool:
         """True if every write set has an ack quorum among the places that answer."""

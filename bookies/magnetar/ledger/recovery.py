@@ -2,15 +2,15 @@
 
 The record is IN_RECOVERY already, its epoch raised. Events come in as method calls, each returns the effects it caused.
 
-1. FENCING: ask all bookies of the last fragment for their LAC, fencing the ledger there. Wait until Qw - Qa + 1 of
-   every write set said something: then some of them have each acknowledged entry, and step 3 will find it. Never wait
-   for more: a hung bookie must not hold up recovery.
+1. FENCING: ask all bookies of the last fragment for their LAC, fencing the ledger there. Wait until F - Qa + 1 of the
+   F that fill a write set said something, for every write set: then some of them have each acknowledged entry, and
+   step 3 will find it. Never wait for more: a hung bookie must not hold up recovery.
 2. Start after the highest LAC, but not below the last fragment: what is below it was confirmed before it began.
 3. READING: ask those bookies for the entries that follow. These reads fence too: a bookie that missed step 1 is fenced
    before it denies, so what it denied stays denied. Members that change during write-back are never read: they do not
    have what the old writer's acknowledgements speak of.
 4. One verified copy makes an entry recoverable; it is written back, the same bytes, to the whole write set and needs
-   Qa acknowledgements. Qw - Qa + 1 denials make it the end. UNKNOWN is neither; if nothing else can come, recovery is
+   Qa acknowledgements. F - Qa + 1 denials make it the end. UNKNOWN is neither; if nothing else can come, recovery is
    undecided, and the ledger stays as it is.
 5. TAIL: if no entry was found beyond the start, the last one is read for the ledger's length.
 6. All written back: the record, CLOSED, with the fragments that changed during write-back. Committing it is the
@@ -43,7 +43,7 @@ from magnetar.ledger.effects import (
 from magnetar.ledger.errors import LostReason
 from magnetar.ledger.fragments import FRAGMENTS_MAX, closed, fragment_of
 from magnetar.ledger.placement import Randomness
-from magnetar.ledger.quorum import Quorum, places_of
+from magnetar.ledger.quorum import Quorum, filled_mask, places_of
 from magnetar.ledger.writer import CommitOutcome, WriterCore, WriterLimits
 from magnetar.metadata.records import NO_ENTRY, VACANT, BookieRegistration, LedgerRecord
 from magnetar.wire import envelope
@@ -148,6 +148,7 @@ class RecoveryCore:
         self._rng = rng
         self._writer = self._write_back_after(NO_ENTRY)
         self._witnesses = [_Witness(place, bookie, 0) for place, bookie in enumerate(record.fragments[-1].bookies)]
+        self._filled = filled_mask(record.fragments[-1].bookies)
         self._tallies: dict[int, _Tally] = {}
         self._last_envelope: bytes | None = None
         self._asked: dict[int, tuple[_Witness, int]] = {}
@@ -230,7 +231,7 @@ class RecoveryCore:
     # Step 1 and 2.
 
     def _ask_lacs(self, now: float) -> None:
-        if self.quorum.is_covered(self._known):
+        if self.quorum.is_covered(self._known, self._filled):
             self._start_reading()
             return
         for witness in self._witnesses:
@@ -238,7 +239,7 @@ class RecoveryCore:
                 query = LacQuery(self.record.ledger_id, self.record.epoch, self.record.token, fence=True)
                 self._out.append(AskLac(self._ask(witness, 0), witness.bookie, query))
         hopeful = sum(witness.bit for witness in self._witnesses if self._has_hope(witness))
-        if not self.quorum.is_covered(self._known | hopeful):
+        if not self.quorum.is_covered(self._known | hopeful, self._filled):
             self._give_up("too few bookies told their lac")
 
     def _start_reading(self) -> None:
@@ -293,7 +294,7 @@ class RecoveryCore:
                 self._last_envelope = tally.data
                 del self._tallies[self.frontier]
                 self.frontier += 1
-            elif (tally.denied & self._write_mask(self.frontier)).bit_count() >= self.quorum.coverage:
+            elif self.quorum.is_denied(self.frontier, tally.denied, self._filled):
                 self.end = self.frontier - 1
             else:
                 break

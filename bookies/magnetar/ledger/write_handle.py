@@ -194,14 +194,15 @@ class WriteHandle:
     async def standing(self) -> Standing:
         """Asks the members whether the ledger was fenced, without fencing it; if so, it is lost.
 
-        MINE: Qw - Qa + 1 of every write set were not fenced when they answered.
+        MINE: Qa members of every write set were not fenced when they answered: whoever recovers fences one of any Qa.
         """
         record = self.record
         query = LacQuery(record.ledger_id, record.epoch, record.token)
         members = [(place, bookie) for place, bookie in enumerate(record.fragments[-1].bookies) if bookie != VACANT]
         asked = {self._bookies.rpc(bookie).read_lac(query): (place, bookie) for place, bookie in members}
         known, pending = 0, set(asked)
-        while pending and not self._core.quorum.is_covered(known):
+        can_acknowledge = self._core.quorum.can_acknowledge
+        while pending and not can_acknowledge(known):
             done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
             for future in done:
                 place, bookie = asked[future]
@@ -211,7 +212,7 @@ class WriteHandle:
                     known |= 1 << place
         if self._lost is not None:
             return Standing.LOST
-        return Standing.MINE if self._core.quorum.is_covered(known) else Standing.UNKNOWN
+        return Standing.MINE if can_acknowledge(known) else Standing.UNKNOWN
 
     def _lost_by(self, bookie: str, result: LacResult) -> bool:
         if result.epoch > self.record.epoch:
