@@ -121,7 +121,8 @@ class Cluster:
         registration = broker.ownership._registration
         assert registration is not None
         assert registration._keeper is not None
-        tasks = {registration._keeper, *broker._tasks, *broker.served._loads.values()}
+        given = {task for _, task in broker._mover._given.values()}
+        tasks = {registration._keeper, *broker._tasks, *broker.served._loads.values(), *given}
         for task in tasks:
             task.cancel()
         await broker._takeovers.stop()

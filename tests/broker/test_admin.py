@@ -112,7 +112,7 @@ async def test_a_deleted_topic_leaves_nothing_and_its_name_is_free(
         assert (await client.error()).error.reason == common_pb2.ERROR_REASON_NOT_OWNER
     left = await cluster.store.range(KEYSPACE.root)
     kinds = {item.key.removeprefix(KEYSPACE.root).split("/")[0] for item in left.items}
-    assert kinds <= {"ids", "brokers", "bookies", "cookies", "instance"}
+    assert kinds <= {"ids", "brokers", "bookies", "cookies", "elections", "instance"}
     again = await calls.create_topic()
     assert again.shards[0].shard_id not in {shard.shard_id for shard in topic.shards}
     assert (await calls.register("p")).epoch == 1

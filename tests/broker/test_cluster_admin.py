@@ -122,7 +122,7 @@ async def test_a_topic_is_deleted_by_any_broker_though_others_serve_its_shards(c
     assert (answer.shards, answer.messages) == (12, MESSAGES * 3)
     left = await cluster.store.range(KEYSPACE.root)
     kinds = {item.key.removeprefix(KEYSPACE.root).split("/")[0] for item in left.items}
-    assert kinds <= {"ids", "brokers", "bookies", "cookies", "instance"}
+    assert kinds <= {"ids", "brokers", "bookies", "cookies", "elections", "instance"}
     assert [len(broker.served) for broker in topic.brokers.values()] == [0, 0, 0]
 
 

@@ -21,6 +21,9 @@ UNARY = [
     for method in service.methods
     if not method.server_streaming and method.name != "ClusterHealth"
 ]
+WITHOUT_FIELDS = ("ListTopics", "ListLedgers", "ListBrokers", "ListBookies", "ReportLoads")
+"""Requests that may be empty."""
+
 JUNK = b"\xff\xff\xff\xff"
 
 
@@ -31,7 +34,11 @@ async def test_bytes_that_do_not_parse_are_malformed(calls: Calls, service: str,
 
 @pytest.mark.parametrize(
     ("service", "method"),
-    [case for case in UNARY if case[1] not in ("ListTopics", "ListLedgers", "ListBrokers", "ListBookies")],
+    [
+        case
+        for case in UNARY
+        if case[1] not in ("ListTopics", "ListLedgers", "ListBrokers", "ListBookies", "ReportLoads")
+    ],
 )
 async def test_a_request_without_fields_is_refused_with_words(calls: Calls, service: str, method: str) -> None:
     error = await refusal(calls.raw(service, method, b""))

@@ -33,6 +33,7 @@ KINDS: dict[KeyKind, tuple[str, tuple[st.SearchStrategy[Any], ...]]] = {
     KeyKind.BOOKIE: ("bookie", (NAMES,)),
     KeyKind.COOKIE: ("cookie", (NAMES,)),
     KeyKind.OWNED: ("owned", (OWNERS, NUMBERS)),
+    KeyKind.DRAIN: ("drain", (NAMES,)),
     KeyKind.ELECTION: ("election", (NAMES,)),
 }
 

@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
+import asyncio
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated
+
 import typer
 
 from magnetar.cli.command import (
     DEFAULT_SERVER,
     DEFAULT_TIMEOUT_S,
+    EXIT_TIMEOUT,
+    CommandFailed,
+    DryRunOption,
     Output,
     OutputOption,
     ServerOption,
     TimeoutOption,
+    run_with_client,
     show_list,
 )
+from magnetar.cli.output import emit_json, note, plain
+
+if TYPE_CHECKING:
+    from magnetar.client import BrokerDrain, Client
+
+POLL_S = 0.5
+BrokerArgument = Annotated[str, typer.Argument(help="Id of the broker, as `brokers list` shows it.")]
 
 app = typer.Typer(help="The servers of topics.", no_args_is_help=True)
 
@@ -28,10 +45,94 @@ def list_(
     server: ServerOption = DEFAULT_SERVER,
     timeout: TimeoutOption = DEFAULT_TIMEOUT_S,
 ) -> None:
-    """Lists the brokers that have a session, and how many shards each has."""
+    """Lists the brokers that have a session: what each does, and how many shards it has."""
     show_list(
         lambda client: client.admin.brokers.list(),
-        ["broker", "address", "shards", "http", "version"],
-        lambda one: (one.id, one.address, one.shards, one.http_address, one.version),
+        ["broker", "state", "shards", "address", "http", "version"],
+        lambda one: (one.id, one.state, one.shards, one.address, one.http_address, one.version),
         output, server, timeout,
     )  # fmt: skip
+
+
+@app.command()
+def drain(
+    broker: BrokerArgument,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Until it has no shards; --timeout is for a standstill.")
+    ] = False,
+    dry_run: DryRunOption = False,
+    output: OutputOption = Output.table,
+    server: ServerOption = DEFAULT_SERVER,
+    timeout: TimeoutOption = DEFAULT_TIMEOUT_S,
+) -> None:
+    """Has a broker hand its shards to the others and take no more, until it is undrained. Nobody sees an error."""
+
+    async def body(client: Client) -> BrokerDrain:
+        drained = await client.admin.brokers.drain(broker, dry_run=dry_run)
+        if wait and not dry_run:
+            await _until_drained(client, drained, timeout)
+        return drained
+
+    drained = run_with_client(server, timeout, body)
+    if output is Output.json:
+        emit_json({**plain(drained), "dry_run": dry_run})
+        return
+    to = ", ".join(f"{shards} to {target}" for target, shards in drained.targets.items())
+    done = "would be" if dry_run else "were" if wait else "are being"
+    note(f"{broker} is {'not ' if dry_run else ''}DRAINING: {drained.shards} shards {done} handed over {to}".rstrip())
+
+
+@app.command()
+def undrain(
+    broker: BrokerArgument,
+    dry_run: DryRunOption = False,
+    output: OutputOption = Output.table,
+    server: ServerOption = DEFAULT_SERVER,
+    timeout: TimeoutOption = DEFAULT_TIMEOUT_S,
+) -> None:
+    """Lets a broker have shards again. What it handed over stays where it is until loads or brokers change."""
+
+    async def body(client: Client) -> bool:
+        return await client.admin.brokers.undrain(broker, dry_run=dry_run)
+
+    was_draining = run_with_client(server, timeout, body)
+    if output is Output.json:
+        emit_json({"broker": broker, "was_draining": was_draining, "dry_run": dry_run})
+    elif was_draining:
+        note(f"{broker} {'would take' if dry_run else 'takes'} shards again")
+    else:
+        note(f"{broker} was not being drained")
+
+
+async def _until_drained(client: Client, drained: BrokerDrain, timeout: float) -> None:
+    """Shows what is left on a terminal. Raises CommandFailed when nothing moves for `timeout` seconds."""
+    loop = asyncio.get_running_loop()
+    left, moved_at = drained.shards, loop.time()
+    with _bar(drained) as show:
+        while left:
+            await asyncio.sleep(POLL_S)
+            found = [one.shards for one in await client.admin.brokers.list() if one.id == drained.broker]
+            if sum(found) != left:
+                left, moved_at = sum(found), loop.time()
+                show(left)
+            elif loop.time() - moved_at > timeout:
+                raise CommandFailed(
+                    f"{drained.broker} has {left} shards, and none was handed over for {timeout:g} s: it goes on "
+                    "trying, and its log says why",
+                    EXIT_TIMEOUT,
+                )
+
+
+@contextmanager
+def _bar(drained: BrokerDrain) -> Iterator[Callable[[int], None]]:
+    """A progress bar on stderr, if that is a terminal; is told how many shards are left."""
+    if not sys.stderr.isatty() or not drained.shards:
+        yield lambda left: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("shards handed over"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("", total=drained.shards)
+        yield lambda left: progress.update(task, completed=max(0, drained.shards - left))

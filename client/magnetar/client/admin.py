@@ -177,13 +177,23 @@ class ClusterHealth:
 
 @dataclass(frozen=True, slots=True)
 class BrokerDescription:
-    """A broker that has a session. `shards`: that the cluster's records give to it."""
+    """A broker that has a session: SERVING, DRAINING or LEAVING. `shards`: that the cluster's records give to it."""
 
     id: str
     address: str
     shards: int
     http_address: str
     version: str
+    state: str
+
+
+@dataclass(frozen=True, slots=True)
+class BrokerDrain:
+    """What a broker that is to be drained has to hand over, and how much of it goes to which broker."""
+
+    broker: str
+    shards: int
+    targets: dict[str, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -359,8 +369,24 @@ class BrokerServers(_Calls):
         """Those that have a session, by id."""
         response = await self._ask("ListBrokers", admin_pb2.ListBrokersRequest(), admin_pb2.ListBrokersResponse)
         return [
-            BrokerDescription(b.broker_id, b.address, b.shards, b.http_address, b.version) for b in response.brokers
+            BrokerDescription(b.broker_id, b.address, b.shards, b.http_address, b.version, _broker_state(b.state))
+            for b in response.brokers
         ]
+
+    async def drain(self, broker: str, *, dry_run: bool = False) -> BrokerDrain:
+        """The broker is to have no shards from now on, also after a restart: it hands over what it has, one by one.
+
+        Nobody sees an error. It is done when `list` shows it with no shards. Raises InvalidArgument for an unknown
+        broker, and when no other one could take its shards.
+        """
+        request = admin_pb2.DrainBrokerRequest(broker_id=broker, dry_run=dry_run)
+        response = await self._ask("DrainBroker", request, admin_pb2.DrainBrokerResponse)
+        return BrokerDrain(broker, response.shards, {share.broker_id: share.shards for share in response.shares})
+
+    async def undrain(self, broker: str, *, dry_run: bool = False) -> bool:
+        """The broker may have shards again. Returns whether it was being drained. Raises InvalidArgument."""
+        request = admin_pb2.UndrainBrokerRequest(broker_id=broker, dry_run=dry_run)
+        return (await self._ask("UndrainBroker", request, admin_pb2.UndrainBrokerResponse)).was_draining
 
 
 class BookieServers(_Calls):
@@ -398,6 +424,10 @@ class Admin:
         self.brokers = BrokerServers(brokers, lifetime)
         self.bookies = BookieServers(brokers, lifetime)
         self.cluster = Cluster(brokers, lifetime)
+
+
+def _broker_state(state: admin_pb2.BrokerState) -> str:
+    return admin_pb2.BrokerState.Name(state).removeprefix("BROKER_STATE_")
 
 
 def _topic(topic: admin_pb2.TopicDescription) -> TopicDescription:

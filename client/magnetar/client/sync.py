@@ -113,6 +113,8 @@ class BrokerServers(_Facade[aio_admin.BrokerServers]):
     __doc__ = aio_admin.BrokerServers.__doc__
 
     list = _blocking(aio_admin.BrokerServers.list)
+    drain = _blocking(aio_admin.BrokerServers.drain)
+    undrain = _blocking(aio_admin.BrokerServers.undrain)
 
 
 class BookieServers(_Facade[aio_admin.BookieServers]):

@@ -18,6 +18,7 @@ brokers/<broker>                    BrokerRegistration, leased  the broker      
 bookies/<bookie>                    BookieRegistration, leased  the bookie                          with its session
 cookies/<bookie>                    Cookie                      the bookie, at its first start      decommissioned
 owned/<broker>/<session>/<shard>    the claim's random mark     who changes the shard's owner       with the ownership
+drains/<broker>                     empty: it is to have none   any broker that is asked to         undrained
 elections/<name>                    leader's name, leased       a candidate that finds it absent    with its lease
 """
 
@@ -60,6 +61,7 @@ class KeyKind(Enum):
     BOOKIE = ("bookies", NAME)
     COOKIE = ("cookies", NAME)
     OWNED = ("owned", NAME, NUMBER, NUMBER)
+    DRAIN = ("drains", NAME)
     ELECTION = ("elections", NAME)
 
 
@@ -270,6 +272,16 @@ class Keyspace:
 
     def parse_broker(self, key: str) -> str:
         return self._names(KeyKind.BROKER, key)[0]
+
+    def drain(self, broker_id: str) -> str:
+        """The wish that this broker has no shards."""
+        return self._key(KeyKind.DRAIN, broker_id)
+
+    def drains_prefix(self) -> str:
+        return self._prefix(KeyKind.DRAIN)
+
+    def parse_drain(self, key: str) -> str:
+        return self._names(KeyKind.DRAIN, key)[0]
 
     def bookie(self, bookie_id: str) -> str:
         return self._key(KeyKind.BOOKIE, bookie_id)

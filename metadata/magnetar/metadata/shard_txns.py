@@ -32,7 +32,8 @@ from magnetar.metadata.store import (
 class ShardChange:
     """What the owner wants to be so, in one transaction.
 
-    record          the shard record as it shall be; owner None releases the shard, another owner takes it over
+    record          the shard record as it shall be; owner None releases the shard; another broker's session takes it
+                    over, in the next epoch if it is to own the shard without a claim
     put_ledgers     new and changed ledgers in their new form; one that is now CLOSED moves to `ledgers/`
     delete_ledgers  open or closed; the index keys that go are those of the stored record
     put_pages       (number, segments)
@@ -221,9 +222,10 @@ def commit_txn(
 
 def _check_change(snapshot: ShardSnapshot, change: ShardChange) -> None:
     old, new = snapshot.record, change.record
-    if (new.shard_id, new.epoch) != (old.shard_id, old.epoch):
+    passed_on = new.epoch == old.epoch + 1 and new.owner is not None and new.owner != old.owner
+    if new.shard_id != old.shard_id or not (new.epoch == old.epoch or passed_on):
         identities = f"shard=`{old.shard_id}` epoch=`{old.epoch}` wanted=`{new.shard_id}` wanted_epoch=`{new.epoch}`"
-        raise ValueError(f"a change keeps the shard's id and epoch: {identities}")
+        raise ValueError(f"a change keeps the shard's id, and its epoch but for a new owner: {identities}")
     for ledger in change.put_ledgers + change.delete_ledgers:
         if ledger.shard_id != old.shard_id:
             raise ValueError(f"a ledger of another shard: shard=`{old.shard_id}` ledger=`{ledger.ledger_id}`")

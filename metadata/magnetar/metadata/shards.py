@@ -27,7 +27,7 @@ from typing import Self, TypeVar
 from magnetar.metadata.backoff import Backoff
 from magnetar.metadata.codec import decode_ledger, decode_page
 from magnetar.metadata.keyspace import Keyspace
-from magnetar.metadata.records import LedgerRecord, Owner, Segment, ShardRecord
+from magnetar.metadata.records import LedgerRecord, LedgerState, Owner, Segment, ShardRecord
 from magnetar.metadata.shard_txns import (
     ShardChange,
     ShardSnapshot,
@@ -153,6 +153,31 @@ class ShardMetadata:
         if snapshot is None:
             raise ShardNotFound(shard_id)
         return cls(store, keyspace, snapshot, rng or random.Random(), sleep)
+
+    @classmethod
+    async def accept(
+        cls,
+        store: MetadataStore,
+        keyspace: Keyspace,
+        shard_id: int,
+        session: Owner,
+        epoch: int,
+        *,
+        rng: random.Random | None = None,
+    ) -> Self:
+        """The shard as its former owner passed it on to this session in this epoch: owned without a claim.
+
+        One range read. Should this session claim the shard beside it, the changes of one of the two fail.
+        Raises ClaimLost if the shard was not passed on to this session, ShardNotFound, MetadataUnavailable.
+        """
+        found = await cls.load(store, keyspace, shard_id, rng=rng)
+        record = found.record
+        fresh = {segment.ledger_id for segment in record.segments[-1:]}
+        expected = record.owner == session and record.epoch == epoch
+        if not expected or not found.ledgers.keys() <= fresh or not _all_open(found.ledgers.values()):
+            raise ClaimLost(record.owner, "the shard was not passed on")
+        found._become_owner(session, found._rng.randbytes(MARK_BYTES), found._snapshot)
+        return found
 
     @property
     def shard_id(self) -> int:
@@ -446,6 +471,10 @@ class _Silence:
 async def _read_snapshot(store: MetadataStore, keyspace: Keyspace, shard_id: int) -> ShardSnapshot | None:
     result = await store.range(keyspace.shard_prefix(shard_id))
     return parse_snapshot(keyspace, shard_id, result.items)
+
+
+def _all_open(ledgers: Iterable[LedgerRecord]) -> bool:
+    return all(ledger.state is LedgerState.OPEN for ledger in ledgers)
 
 
 def _rebase(base: ShardSnapshot, current: ShardSnapshot, change: ShardChange) -> ShardChange:

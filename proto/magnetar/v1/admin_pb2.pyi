@@ -1,11 +1,23 @@
 from magnetar.v1 import metadata_pb2 as _metadata_pb2
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from collections.abc import Iterable as _Iterable, Mapping as _Mapping
 from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class BrokerState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    BROKER_STATE_UNSPECIFIED: _ClassVar[BrokerState]
+    BROKER_STATE_SERVING: _ClassVar[BrokerState]
+    BROKER_STATE_DRAINING: _ClassVar[BrokerState]
+    BROKER_STATE_LEAVING: _ClassVar[BrokerState]
+BROKER_STATE_UNSPECIFIED: BrokerState
+BROKER_STATE_SERVING: BrokerState
+BROKER_STATE_DRAINING: BrokerState
+BROKER_STATE_LEAVING: BrokerState
 
 class CreateTopicRequest(_message.Message):
     __slots__ = ("topic", "shards", "dry_run")
@@ -374,18 +386,168 @@ class ListBrokersResponse(_message.Message):
     def __init__(self, brokers: _Optional[_Iterable[_Union[BrokerDescription, _Mapping]]] = ...) -> None: ...
 
 class BrokerDescription(_message.Message):
-    __slots__ = ("broker_id", "address", "http_address", "version", "shards")
+    __slots__ = ("broker_id", "address", "http_address", "version", "shards", "state")
     BROKER_ID_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     HTTP_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     SHARDS_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
     broker_id: str
     address: str
     http_address: str
     version: str
     shards: int
-    def __init__(self, broker_id: _Optional[str] = ..., address: _Optional[str] = ..., http_address: _Optional[str] = ..., version: _Optional[str] = ..., shards: _Optional[int] = ...) -> None: ...
+    state: BrokerState
+    def __init__(self, broker_id: _Optional[str] = ..., address: _Optional[str] = ..., http_address: _Optional[str] = ..., version: _Optional[str] = ..., shards: _Optional[int] = ..., state: _Optional[_Union[BrokerState, str]] = ...) -> None: ...
+
+class DrainBrokerRequest(_message.Message):
+    __slots__ = ("broker_id", "dry_run")
+    BROKER_ID_FIELD_NUMBER: _ClassVar[int]
+    DRY_RUN_FIELD_NUMBER: _ClassVar[int]
+    broker_id: str
+    dry_run: bool
+    def __init__(self, broker_id: _Optional[str] = ..., dry_run: bool = ...) -> None: ...
+
+class DrainBrokerResponse(_message.Message):
+    __slots__ = ("shards", "shares")
+    SHARDS_FIELD_NUMBER: _ClassVar[int]
+    SHARES_FIELD_NUMBER: _ClassVar[int]
+    shards: int
+    shares: _containers.RepeatedCompositeFieldContainer[BrokerShare]
+    def __init__(self, shards: _Optional[int] = ..., shares: _Optional[_Iterable[_Union[BrokerShare, _Mapping]]] = ...) -> None: ...
+
+class BrokerShare(_message.Message):
+    __slots__ = ("broker_id", "shards")
+    BROKER_ID_FIELD_NUMBER: _ClassVar[int]
+    SHARDS_FIELD_NUMBER: _ClassVar[int]
+    broker_id: str
+    shards: int
+    def __init__(self, broker_id: _Optional[str] = ..., shards: _Optional[int] = ...) -> None: ...
+
+class UndrainBrokerRequest(_message.Message):
+    __slots__ = ("broker_id", "dry_run")
+    BROKER_ID_FIELD_NUMBER: _ClassVar[int]
+    DRY_RUN_FIELD_NUMBER: _ClassVar[int]
+    broker_id: str
+    dry_run: bool
+    def __init__(self, broker_id: _Optional[str] = ..., dry_run: bool = ...) -> None: ...
+
+class UndrainBrokerResponse(_message.Message):
+    __slots__ = ("was_draining",)
+    WAS_DRAINING_FIELD_NUMBER: _ClassVar[int]
+    was_draining: bool
+    def __init__(self, was_draining: bool = ...) -> None: ...
+
+class MoveShardRequest(_message.Message):
+    __slots__ = ("shard_id", "to_broker_id", "reason", "passed_on")
+    SHARD_ID_FIELD_NUMBER: _ClassVar[int]
+    TO_BROKER_ID_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    PASSED_ON_FIELD_NUMBER: _ClassVar[int]
+    shard_id: int
+    to_broker_id: str
+    reason: str
+    passed_on: bool
+    def __init__(self, shard_id: _Optional[int] = ..., to_broker_id: _Optional[str] = ..., reason: _Optional[str] = ..., passed_on: bool = ...) -> None: ...
+
+class MoveShardResponse(_message.Message):
+    __slots__ = ("from_broker_id", "paused_s")
+    FROM_BROKER_ID_FIELD_NUMBER: _ClassVar[int]
+    PAUSED_S_FIELD_NUMBER: _ClassVar[int]
+    from_broker_id: str
+    paused_s: float
+    def __init__(self, from_broker_id: _Optional[str] = ..., paused_s: _Optional[float] = ...) -> None: ...
+
+class ReceiveShardRequest(_message.Message):
+    __slots__ = ("shard_id", "topic", "epoch", "source", "source_address")
+    SHARD_ID_FIELD_NUMBER: _ClassVar[int]
+    TOPIC_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    shard_id: int
+    topic: str
+    epoch: int
+    source: _metadata_pb2.Owner
+    source_address: str
+    def __init__(self, shard_id: _Optional[int] = ..., topic: _Optional[str] = ..., epoch: _Optional[int] = ..., source: _Optional[_Union[_metadata_pb2.Owner, _Mapping]] = ..., source_address: _Optional[str] = ...) -> None: ...
+
+class ReceiveShardResponse(_message.Message):
+    __slots__ = ("session", "ledger")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    LEDGER_FIELD_NUMBER: _ClassVar[int]
+    session: int
+    ledger: _metadata_pb2.LedgerRecord
+    def __init__(self, session: _Optional[int] = ..., ledger: _Optional[_Union[_metadata_pb2.LedgerRecord, _Mapping]] = ...) -> None: ...
+
+class TakeShardRequest(_message.Message):
+    __slots__ = ("shard_id", "passed_on", "consumers", "inheritance")
+    SHARD_ID_FIELD_NUMBER: _ClassVar[int]
+    PASSED_ON_FIELD_NUMBER: _ClassVar[int]
+    CONSUMERS_FIELD_NUMBER: _ClassVar[int]
+    INHERITANCE_FIELD_NUMBER: _ClassVar[int]
+    shard_id: int
+    passed_on: bool
+    consumers: _containers.RepeatedCompositeFieldContainer[SubscriptionConsumers]
+    inheritance: ShardInheritance
+    def __init__(self, shard_id: _Optional[int] = ..., passed_on: bool = ..., consumers: _Optional[_Iterable[_Union[SubscriptionConsumers, _Mapping]]] = ..., inheritance: _Optional[_Union[ShardInheritance, _Mapping]] = ...) -> None: ...
+
+class SubscriptionConsumers(_message.Message):
+    __slots__ = ("subscription", "consumers")
+    SUBSCRIPTION_FIELD_NUMBER: _ClassVar[int]
+    CONSUMERS_FIELD_NUMBER: _ClassVar[int]
+    subscription: str
+    consumers: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, subscription: _Optional[str] = ..., consumers: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class ShardInheritance(_message.Message):
+    __slots__ = ("last_time_us", "cursors", "cursor_ledger")
+    LAST_TIME_US_FIELD_NUMBER: _ClassVar[int]
+    CURSORS_FIELD_NUMBER: _ClassVar[int]
+    CURSOR_LEDGER_FIELD_NUMBER: _ClassVar[int]
+    last_time_us: int
+    cursors: _containers.RepeatedScalarFieldContainer[bytes]
+    cursor_ledger: _metadata_pb2.LedgerRecord
+    def __init__(self, last_time_us: _Optional[int] = ..., cursors: _Optional[_Iterable[bytes]] = ..., cursor_ledger: _Optional[_Union[_metadata_pb2.LedgerRecord, _Mapping]] = ...) -> None: ...
+
+class TakeShardResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class AskHandOffRequest(_message.Message):
+    __slots__ = ("shard_id", "to_broker_id")
+    SHARD_ID_FIELD_NUMBER: _ClassVar[int]
+    TO_BROKER_ID_FIELD_NUMBER: _ClassVar[int]
+    shard_id: int
+    to_broker_id: str
+    def __init__(self, shard_id: _Optional[int] = ..., to_broker_id: _Optional[str] = ...) -> None: ...
+
+class AskHandOffResponse(_message.Message):
+    __slots__ = ("under_way",)
+    UNDER_WAY_FIELD_NUMBER: _ClassVar[int]
+    under_way: bool
+    def __init__(self, under_way: bool = ...) -> None: ...
+
+class ReportLoadsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ReportLoadsResponse(_message.Message):
+    __slots__ = ("loads",)
+    LOADS_FIELD_NUMBER: _ClassVar[int]
+    loads: _containers.RepeatedCompositeFieldContainer[ShardLoad]
+    def __init__(self, loads: _Optional[_Iterable[_Union[ShardLoad, _Mapping]]] = ...) -> None: ...
+
+class ShardLoad(_message.Message):
+    __slots__ = ("shard_id", "bytes_per_s", "messages_per_s")
+    SHARD_ID_FIELD_NUMBER: _ClassVar[int]
+    BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
+    MESSAGES_PER_S_FIELD_NUMBER: _ClassVar[int]
+    shard_id: int
+    bytes_per_s: float
+    messages_per_s: float
+    def __init__(self, shard_id: _Optional[int] = ..., bytes_per_s: _Optional[float] = ..., messages_per_s: _Optional[float] = ...) -> None: ...
 
 class ListBookiesRequest(_message.Message):
     __slots__ = ()

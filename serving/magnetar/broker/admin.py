@@ -18,7 +18,7 @@ from google.protobuf.message import Message
 from magnetar.broker.describe import Records, describe_shard, is_settled, ledger_description
 from magnetar.broker.health import Findings
 from magnetar.broker.layout import even_ranges, shard_of
-from magnetar.broker.peers import Peers
+from magnetar.broker.peers import ADMIN_SERVICE, Peers
 from magnetar.broker.refusals import RETRY_AFTER_MS, checked_name, subscription_not_found, topic_name
 from magnetar.broker.shard import ServedShard
 from magnetar.broker.topics import Topics
@@ -50,8 +50,6 @@ ASK_ATTEMPTS = 3
 
 SETTLE_S = 10.0
 """For the owners of all shards to know a new subscription; a crashed one has to be replaced first."""
-
-SERVICE = f"/{pb.DESCRIPTOR.services_by_name['AdminService'].full_name}/"
 
 T = TypeVar("T")
 AnswerT = TypeVar("AnswerT", bound=Message)
@@ -227,7 +225,7 @@ class Admin:
             return refused.owner
 
     async def _at(self, address: str, method: str, request: Message, answer: type[AnswerT]) -> AnswerT:
-        return await self._broker.peers.call(address, SERVICE + method, request, answer)
+        return await self._broker.peers.call(address, ADMIN_SERVICE + method, request, answer)
 
     async def _settle(self, topic: str, shard_id: int, name: str) -> None:
         """The shard's cursor follows the subscription's record. Raises Refused."""

@@ -27,13 +27,17 @@ from magnetar.broker.admin import Admin
 from magnetar.broker.budget import ByteBudget
 from magnetar.broker.cluster_view import ClusterView
 from magnetar.broker.consume import consume
+from magnetar.broker.describe import Records
+from magnetar.broker.drainer import Drainer
 from magnetar.broker.greeting import greet
 from magnetar.broker.layout import shard_of
 from magnetar.broker.members import Members
 from magnetar.broker.metrics import BrokerMetrics
+from magnetar.broker.mover import Mover
 from magnetar.broker.ownership import Ownership
 from magnetar.broker.peers import Peers
 from magnetar.broker.produce import ProduceStream
+from magnetar.broker.rebalancing import ELECTION, Rebalancing
 from magnetar.broker.refusals import RETRY_AFTER_MS, not_owner, refusal_of
 from magnetar.broker.resolve import Resolver
 from magnetar.broker.served import LogParts, ServedShards
@@ -46,6 +50,7 @@ from magnetar.managed_log.cache import ReadCache
 from magnetar.managed_log.errors import LogReleased
 from magnetar.managed_log.settings import LogSettings
 from magnetar.metadata.backoff import Backoff
+from magnetar.metadata.election import Election
 from magnetar.metadata.ids import IdBlocks
 from magnetar.metadata.keyspace import Keyspace
 from magnetar.metadata.records import BrokerRegistration, Owner, SubscriptionRecord, TopicRecord
@@ -153,12 +158,20 @@ class Broker:
         ledgers = LedgerClient(bookies, now_us=now_us, rng=rng, settings=_ledger_settings(settings))
         parts = LogParts(ledgers, ids, ReadCache(settings.cache_bytes), _log_settings(settings), now_us)
         self.served = ServedShards(
-            self.ownership, self.topics, parts, self.metrics, self.budget, settings.pending_bytes, self._address_of
+            self.ownership,
+            self.topics,
+            parts,
+            self.metrics,
+            self.budget,
+            settings.pending_bytes,
+            self._address_of,
+            self._received,
         )
         self._takeovers = Takeovers(self.served.open, rng)
         self._resolver = Resolver(self.topics, self.ownership, self._owner_address, self._broker_addresses)
         self.peers = peers
         self._members = Members(store, keyspace)
+        self._make_movers(store, keyspace, rng)
         self._admin = Admin(self, store, keyspace, bookies, now_us, rng)
         self._openings = itertools.count(1)
         self._streams = 0
@@ -168,6 +181,25 @@ class Broker:
         self._server: Server | None = None
         self._serving = False
 
+    def _make_movers(self, store: MetadataStore, keyspace: Keyspace, rng: random.Random) -> None:
+        """What moves shards between brokers, and why: because it is asked to, to be drained, to balance."""
+        settings, view, served = self.settings, self.view, self.served
+        self._mover = Mover(
+            settings.id,
+            self.ownership,
+            view,
+            served,
+            self.topics,
+            self.peers,
+            Records(store, keyspace),
+            self.metrics,
+            self._takeovers.want,
+        )
+        self._drainer = Drainer(settings.id, self.ownership, view, served, self._mover, rng)
+        election = Election(store, keyspace, ELECTION, settings.id, lease_s=settings.lease_s, rng=rng)
+        interval_s = settings.balance_interval_s
+        self._rebalancing = Rebalancing(election, view, served, self.peers, self.metrics, interval_s)
+
     # --- start and stop ---
 
     async def _start(self, http_address: str) -> None:
@@ -175,6 +207,7 @@ class Broker:
         self._server = await self._serve(self._services(), self.settings.listen)
         self.port = self._server.port
         self.address = self.address or f"{self.settings.listen.rpartition(':')[0]}:{self.port}"
+        self._mover.address = self._rebalancing.address = self.address
         await self.ownership.register(BrokerRegistration(self.settings.id, self.address, _version(), http_address))
         await self.view.start()
         await self.topics.start()
@@ -183,6 +216,10 @@ class Broker:
         self._spawn(self._forget_loop, "forget producers")
         self._spawn(self._doubt_loop, "doubt")
         self._spawn(self._sweep_loop, "sweep")
+        self._spawn(self._drainer.run, "drain")
+        self._spawn(self._rebalancing.measure, "measure loads")
+        if self.settings.balance:
+            self._spawn(self._rebalancing.lead, "balance")
         log.info("broker serves", broker=self.settings.id, address=self.address)
 
     async def stop(self) -> None:
@@ -195,13 +232,26 @@ class Broker:
         await self._takeovers.stop()
         await self.ownership.leave()
         self._resolver.everything_changed()
-        await self.served.close()
+        self.served.begin_stop()
+        await self._mover.stop()
+        await self.served.close(self._pass_on)
         if self._server is not None:
             await self._server.stop(STOP_GRACE_S)
         await self.ownership.close()
         await self.topics.close()
         await self.view.close()
         await self.peers.close()
+
+    async def _pass_on(self, shard: ServedShard) -> bool:
+        """To the broker that should have it when this one is gone; False if that cannot be begun."""
+        successor = self.ownership.successor(shard.shard_id)
+        if successor is None:
+            return False
+        try:
+            await self._mover.give(shard, successor, "the broker is stopping")
+        except Refused as refused:
+            log.warning("shard was not passed on", shard=shard.shard_id, problem=refused.message)
+        return shard.released.is_set()
 
     def problems(self) -> list[str]:
         """What keeps this broker from being ready, in words; empty = it is."""
@@ -295,8 +345,9 @@ class Broker:
             "Produce": self._streaming("produce", self._produce),
             "Consume": self._streaming("consume", self._consume),
         }
-        methods = {**admin.methods(), **self._members.methods()}
+        methods = {**admin.methods(), **self._members.methods(), **self._mover.methods(), **self._rebalancing.methods()}
         admin_methods = {name: self._unary(self._administering(method)) for name, method in methods.items()}
+        admin_methods |= self._mover.methods_of_a_stopping_broker()
         return [
             Service(broker_pb2.DESCRIPTOR.services_by_name["BrokerService"], broker_methods),
             Service(admin_pb2.DESCRIPTOR.services_by_name["AdminService"], admin_methods),
@@ -374,13 +425,25 @@ class Broker:
     def _session_lost(self) -> None:
         self._resolver.everything_changed()
 
+    def _received(self, shard: ServedShard) -> None:
+        """Subscriptions may have come and gone while the shard was on its way."""
+
+        async def adopt() -> None:
+            with suppress(LogReleased):
+                await shard.adopt()
+
+        self._spawn(partial(self._until_answered, adopt), "adopt subscriptions")
+
     def _owners_changed(self, shards: Iterable[int]) -> None:
         self._resolver.owners_changed(shards)
+        self._mover.owners_changed(shards)
+        self._drainer.changed()
         if self._serving:
             self._take_over(self.ownership.to_open(shards))
 
     def _brokers_changed(self) -> None:
         self._resolver.everything_changed()
+        self._drainer.changed()
         if self._serving:
             # A shard of a session that ended before may have waited for the broker that is gone now.
             self._take_over(self.ownership.ended())
@@ -430,7 +493,9 @@ class Broker:
         return [broker.address for broker in self.view.brokers() if not broker.leaving]
 
     def _owner_address(self, shard_id: int) -> str:
-        return self.address if self.served.get(shard_id) is not None else self.view.address(shard_id)
+        """A shard that is being passed on is the next owner's already, for whoever asks where to go."""
+        shard = self.served.get(shard_id)
+        return self.view.address(shard_id) if shard is None else shard.owner or self.address
 
     # --- in the background ---
 

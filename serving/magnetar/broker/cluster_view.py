@@ -1,4 +1,5 @@
-"""What a broker knows of the cluster by watching: the brokers that live, and who owns which shard. Hints only."""
+"""What a broker knows of the cluster by watching: the brokers that live, those that are to have no shards, and who owns
+which shard. Hints only."""
 
 from __future__ import annotations
 
@@ -30,10 +31,12 @@ class ClusterView:
         self._keyspace = keyspace
         self._brokers: dict[str, LiveBroker] = {}
         self._owners: dict[int, Owner] = {}
+        self._drained: set[str] = set()
         self._callbacks: list[Callable[[Iterable[int]], None]] = []
         self._broker_callbacks: list[Callable[[], None]] = []
         self._followers = (
             Follower(store, keyspace.brokers_prefix(), self._brokers_listed, self._brokers_changed),
+            Follower(store, keyspace.drains_prefix(), self._drains_listed, self._drains_changed),
             Follower(store, keyspace.owned_prefix(), self._owned_listed, self._owned_changed),
         )
 
@@ -49,11 +52,15 @@ class ClusterView:
         self._callbacks.append(callback)
 
     def on_broker_change(self, callback: Callable[[], None]) -> None:
-        """Called when a broker came, went, or registered something else."""
+        """Called when a broker came, went, registered something else, is to be drained, or is so no more."""
         self._broker_callbacks.append(callback)
 
     def brokers(self) -> list[LiveBroker]:
         return list(self._brokers.values())
+
+    def drained(self, broker_id: str) -> bool:
+        """It is to have no shards."""
+        return broker_id in self._drained
 
     def owned(self) -> Iterable[tuple[int, Owner]]:
         """Every shard with the owner its record names, living or not."""
@@ -85,20 +92,23 @@ class ClusterView:
 
     def preferred(self, shard_id: int, me: LiveBroker) -> LiveBroker:
         """Who should claim a shard without an owner."""
-        brokers = {**self._staying(), me.owner.broker_id: me}
+        brokers = self._staying()
+        if not brokers or not self.drained(me.owner.broker_id):
+            brokers[me.owner.broker_id] = me
         chosen = preferred_broker(shard_id, brokers)
         assert chosen is not None
         return brokers[chosen]
 
     def successor(self, shard_id: int, broker_id: str) -> LiveBroker | None:
-        """Who should get a shard when this broker leaves; None if there is no other."""
-        brokers = self._staying()
-        brokers.pop(broker_id, None)
+        """Who should get a shard when this broker gives it away; None if there is no other."""
+        brokers = self._staying(without=broker_id)
         chosen = preferred_broker(shard_id, brokers)
         return None if chosen is None else brokers[chosen]
 
-    def _staying(self) -> dict[str, LiveBroker]:
-        return {broker_id: broker for broker_id, broker in self._brokers.items() if not broker.leaving}
+    def _staying(self, without: str = "") -> dict[str, LiveBroker]:
+        """Brokers that may get shards; if all that do not leave are to be drained, all of these."""
+        staying = {name: broker for name, broker in self._brokers.items() if not broker.leaving and name != without}
+        return {name: broker for name, broker in staying.items() if name not in self._drained} or staying
 
     # --- what the watches say ---
 
@@ -118,6 +128,16 @@ class ClusterView:
                 after = self._brokers[broker_id] = self._broker(change.current)
                 touched.add(after)
         self._tell_owners_changed(touched)
+
+    def _drains_listed(self, keys: Sequence[KeyValue]) -> None:
+        self._drained = {self._keyspace.parse_drain(key.key) for key in keys}
+        self._tell_brokers_changed()
+
+    def _drains_changed(self, changes: Sequence[Change]) -> None:
+        for change in changes:
+            broker_id = self._keyspace.parse_drain(change.key)
+            (self._drained.discard if change.current is None else self._drained.add)(broker_id)
+        self._tell_brokers_changed()
 
     def _owned_listed(self, keys: Sequence[KeyValue]) -> None:
         before = self._owners
@@ -148,9 +168,12 @@ class ClusterView:
     def _tell_owners_changed(self, brokers: Iterable[LiveBroker]) -> None:
         owners = {broker.owner for broker in brokers}
         if owners:
-            for callback in self._broker_callbacks:
-                callback()
+            self._tell_brokers_changed()
             self._tell({shard for shard, owner in self._owners.items() if owner in owners})
+
+    def _tell_brokers_changed(self) -> None:
+        for callback in self._broker_callbacks:
+            callback()
 
     def _tell(self, shards: set[int]) -> None:
         if shards:

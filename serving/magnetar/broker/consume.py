@@ -338,6 +338,7 @@ class ConsumeStream:
         shard = await self._broker.shard(topic, request.shard_id)
         start = start_position_from_message(request.start)
         subscription = await shard.subscription(name, kind, start, create=True)
+        await subscription.turn_of(request.consumer)
         if handle.state is HandleState.OPENING:
             attached = subscription.attach(handle, key_ordered=request.key_ordered, held=_ranges(request.held))
             handle.subscription = subscription

@@ -1,16 +1,24 @@
-"""Which brokers and bookies the cluster has, by their records: what they do and what they hold."""
+"""Which brokers and bookies the cluster has, by their records: what they do and hold, and the wish for no shards."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Container, Mapping
 
 from magnetar.broker.describe import Records
+from magnetar.broker.layout import preferred_broker
 from magnetar.metadata.codec import decode_bookie, decode_broker
 from magnetar.metadata.keyspace import Keyspace
-from magnetar.metadata.records import BookieRegistration, LedgerRecord, LedgerState, ShardRecord
-from magnetar.metadata.store import MetadataStore
-from magnetar.node.rpc import Context, parse
+from magnetar.metadata.records import (
+    BookieRegistration,
+    BrokerRegistration,
+    LedgerRecord,
+    LedgerState,
+    Owner,
+    ShardRecord,
+)
+from magnetar.metadata.store import Delete, MetadataStore, Put
+from magnetar.node.rpc import Context, invalid_argument, parse
 from magnetar.v1 import admin_pb2 as pb
 
 
@@ -18,11 +26,17 @@ class Members:
     """The part of the admin service that lists servers."""
 
     def __init__(self, store: MetadataStore, keyspace: Keyspace) -> None:
+        self._store = store
         self._keyspace = keyspace
         self._records = Records(store, keyspace)
 
     def methods(self) -> Mapping[str, Callable[[bytes, Context], Awaitable[bytes]]]:
-        return {"ListBrokers": self.list_brokers, "ListBookies": self.list_bookies}
+        return {
+            "ListBrokers": self.list_brokers,
+            "DrainBroker": self.drain_broker,
+            "UndrainBroker": self.undrain_broker,
+            "ListBookies": self.list_bookies,
+        }
 
     async def list_brokers(self, data: bytes, _context: Context) -> bytes:
         parse(pb.ListBrokersRequest, data)
@@ -31,6 +45,7 @@ class Members:
             if isinstance(record, ShardRecord) and record.owner is not None:
                 owned[record.owner.broker_id, record.owner.session] += 1
         response = pb.ListBrokersResponse()
+        drained = await self._drained()
         async for item in self._records.under(self._keyspace.brokers_prefix()):
             broker = decode_broker(item.value)
             response.brokers.add(
@@ -39,8 +54,50 @@ class Members:
                 http_address=broker.http_address,
                 version=broker.version,
                 shards=owned[broker.broker_id, item.create_revision],
+                state=_state(broker, drained),
             )
         return response.SerializeToString()
+
+    # --- draining ---
+
+    async def drain_broker(self, data: bytes, _context: Context) -> bytes:
+        request = parse(pb.DrainBrokerRequest, data)
+        brokers, drained = await self._brokers(), await self._drained()
+        owner = _known(brokers, request.broker_id)
+        others = [name for name in brokers if name != request.broker_id and _may_have_shards(brokers[name][1], drained)]
+        if not others:
+            raise invalid_argument(
+                f"no other broker could take its shards: start one, or undrain one broker=`{request.broker_id}`"
+            )
+        shares: Counter[str] = Counter()
+        async for record in self._records.shards():
+            if isinstance(record, ShardRecord) and record.owner == owner:
+                shares[preferred_broker(record.shard_id, others) or ""] += 1
+        if not request.dry_run:
+            await self._store.txn([], [Put(self._keyspace.drain(request.broker_id), b"")])
+        parts = [pb.BrokerShare(broker_id=name, shards=shares[name]) for name in sorted(shares)]
+        return pb.DrainBrokerResponse(shards=shares.total(), shares=parts).SerializeToString()
+
+    async def undrain_broker(self, data: bytes, _context: Context) -> bytes:
+        request = parse(pb.UndrainBrokerRequest, data)
+        was_draining = request.broker_id in await self._drained()
+        if not was_draining:
+            _known(await self._brokers(), request.broker_id)
+        elif not request.dry_run:
+            await self._store.txn([], [Delete(self._keyspace.drain(request.broker_id))])
+        return pb.UndrainBrokerResponse(was_draining=was_draining).SerializeToString()
+
+    async def _brokers(self) -> dict[str, tuple[Owner, BrokerRegistration]]:
+        found = {}
+        async for item in self._records.under(self._keyspace.brokers_prefix()):
+            broker = decode_broker(item.value)
+            found[broker.broker_id] = Owner(broker.broker_id, item.create_revision), broker
+        return found
+
+    async def _drained(self) -> set[str]:
+        return {
+            self._keyspace.parse_drain(item.key) async for item in self._records.under(self._keyspace.drains_prefix())
+        }
 
     async def list_bookies(self, data: bytes, _context: Context) -> bytes:
         parse(pb.ListBookiesRequest, data)
@@ -75,6 +132,24 @@ def bytes_held(record: LedgerRecord) -> dict[str, int]:
         for bookie in fragment.bookies:
             held[bookie] += share
     return dict(held)
+
+
+def _known(brokers: Mapping[str, tuple[Owner, BrokerRegistration]], broker_id: str) -> Owner:
+    """Raises Refused(INVALID_ARGUMENT)."""
+    if broker_id not in brokers:
+        known = ", ".join(sorted(brokers))
+        raise invalid_argument(f"there is no such broker: name one of {known} broker=`{broker_id}`")
+    return brokers[broker_id][0]
+
+
+def _may_have_shards(broker: BrokerRegistration, drained: Container[str]) -> bool:
+    return not broker.leaving and broker.broker_id not in drained
+
+
+def _state(broker: BrokerRegistration, drained: Container[str]) -> pb.BrokerState:
+    if broker.leaving:
+        return pb.BROKER_STATE_LEAVING
+    return pb.BROKER_STATE_DRAINING if broker.broker_id in drained else pb.BROKER_STATE_SERVING
 
 
 def _bookie(bookie_id: str, living: BookieRegistration | None, ledgers: int, held: int) -> pb.BookieDescription:

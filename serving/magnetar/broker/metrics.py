@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from prometheus_client import CollectorRegistry, Counter, Gauge
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from magnetar.v1 import common_pb2
+
+PAUSE_BUCKETS_S = (0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.5, 1.0, 5.0)
 
 
 class BrokerMetrics:
@@ -31,6 +33,24 @@ class BrokerMetrics:
         self.shards_released = counter("shards_released", "Shards that another broker took over")
         self.forgotten_producers = counter("forgotten_producers", "Idle producers dropped from the tables of shards")
         self.trim_failures = counter("trim_failures", "Attempts to trim a shard that failed")
+        self.hand_offs = Counter(
+            "magnetar_broker_hand_offs",
+            "Shards passed on, kept because that failed, or claimed from a silent owner that was to pass them on",
+            ("outcome",),
+            registry=registry,
+        )
+        self.hand_off_pause = Histogram(
+            "magnetar_broker_hand_off_pause_seconds",
+            "From when a shard accepts nothing more here until another broker serves it",
+            buckets=PAUSE_BUCKETS_S,
+            registry=registry,
+        )
+        self.balancer_moves = Counter(
+            "magnetar_broker_balancer_moves",
+            "Shards that the balancer asked for while it was elected here",
+            ("outcome",),
+            registry=registry,
+        )
         self.pending_bytes = gauge("pending_bytes", "Bytes of batches accepted and not yet stored")
         self.served_shards = gauge("served_shards", "Shards open here")
         self.streams = gauge("streams", "Open streams of clients", ("kind",))

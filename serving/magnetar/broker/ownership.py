@@ -136,6 +136,30 @@ class Ownership:
             f"the shard keeps changing hands: try again shard=`{shard_id}`", retry_after_ms=RETRY_AFTER_MS
         )
 
+    async def accept(self, shard_id: int, epoch: int) -> ShardMetadata:
+        """The metadata of a shard that was passed on to this broker's session in this epoch.
+
+        Raises ClaimLost if it was not, ShardNotFound, Refused(UNAVAILABLE), MetadataUnavailable.
+        """
+        session = self.require_session()
+        return await ShardMetadata.accept(self._store, self._keyspace, shard_id, session, epoch)
+
+    async def claim_from(self, shard_id: int, source: Owner) -> ShardMetadata:
+        """Claims a shard from an owner that was to pass it on and is silent: its ledgers are fenced, be it dead or not.
+
+        Raises as `claim`, also if the shard is not that owner's any more.
+        """
+        session = self.require_session()
+        metadata = await ShardMetadata.load(self._store, self._keyspace, shard_id)
+        if metadata.record.owner != source:
+            return await self.claim(shard_id)
+        try:
+            await metadata.claim(session, from_owner_alive=True)
+        except ClaimLost:
+            return await self.claim(shard_id)
+        log.info("claimed from a silent owner", shard=shard_id, owner=source.broker_id, epoch=metadata.record.epoch)
+        return metadata
+
     def ended(self) -> dict[int, Owner]:
         """Shards whose recorded owner lives no more, as the watches see it, and whose preferred broker is this one."""
         return {shard_id: owner for shard_id, owner in self._view.owned() if self._is_to_be_claimed(shard_id, owner)}

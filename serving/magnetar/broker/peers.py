@@ -13,7 +13,9 @@ from google.protobuf.message import DecodeError, Message
 
 from magnetar.broker.refusals import RETRY_AFTER_MS
 from magnetar.node.rpc import ERROR_METADATA_KEY, MESSAGE_BYTES_MAX, Refused, unavailable
-from magnetar.v1 import common_pb2
+from magnetar.v1 import admin_pb2, common_pb2
+
+ADMIN_SERVICE = f"/{admin_pb2.DESCRIPTOR.services_by_name['AdminService'].full_name}/"
 
 CALL_S = 5.0
 """For another broker to answer; it may have to take a shard over first."""
@@ -48,11 +50,13 @@ class Peers:
         self._connect = connect
         self._channels: OrderedDict[str, grpc.aio.Channel] = OrderedDict()
 
-    async def call(self, address: str, method: str, request: Message, answer: type[AnswerT]) -> AnswerT:
+    async def call(
+        self, address: str, method: str, request: Message, answer: type[AnswerT], timeout_s: float = CALL_S
+    ) -> AnswerT:
         """`method` as `/package.Service/Method`. Raises Refused: what the other broker says, or UNAVAILABLE."""
         channel = await self._channel(address)
         try:
-            data: bytes = await channel.unary_unary(method)(request.SerializeToString(), timeout=CALL_S)
+            data: bytes = await channel.unary_unary(method)(request.SerializeToString(), timeout=timeout_s)
             return answer.FromString(data)
         except grpc.aio.AioRpcError as error:
             raise _refused(address, error) from None

@@ -1,13 +1,14 @@
 """The shards that a broker serves: opened at first use, each once, and given up.
 
 Opening a shard is: claim it, recover and open its log, rebuild the table of its producers, make its cursors those of
-the topic's subscriptions. Whoever wants the shard meanwhile waits for the same opening.
+the topic's subscriptions. A shard that another broker is about to pass on is being opened, too, from the moment it is
+expected. Whoever wants the shard meanwhile waits for the same opening.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from dataclasses import dataclass
 
 import structlog
@@ -17,16 +18,18 @@ from magnetar.broker.metrics import BrokerMetrics
 from magnetar.broker.ownership import Ownership
 from magnetar.broker.producer_table import DamagedProducerTable
 from magnetar.broker.refusals import RETRY_AFTER_MS, refusal_of
-from magnetar.broker.shard import ServedShard, rebuild_producers
+from magnetar.broker.shard import Consumers, ServedShard, rebuild_producers
 from magnetar.broker.topics import Topics
 from magnetar.ledger.client import LedgerClient, LedgerError, Standing
+from magnetar.ledger.errors import NotEnoughBookies
 from magnetar.managed_log.cache import ReadCache
 from magnetar.managed_log.deletion import delete_shard
 from magnetar.managed_log.errors import LogError, LogReleased, Released
-from magnetar.managed_log.log import ManagedLog
+from magnetar.managed_log.log import Inheritance, ManagedLog
 from magnetar.managed_log.settings import LogSettings
 from magnetar.metadata.ids import IdBlocks
-from magnetar.metadata.records import Owner
+from magnetar.metadata.keyspace import COUNTER_LEDGER
+from magnetar.metadata.records import LedgerPurpose, LedgerRecord, Owner
 from magnetar.metadata.shards import (
     OutcomeUnknown,
     OwnershipLost,
@@ -68,8 +71,22 @@ class LogParts:
     now_us: Callable[[], int]
 
 
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """A shard that was passed on: what its former owner says beside the records. None: it did not say."""
+
+    inheritance: Inheritance | None
+    consumers: Consumers | None
+
+
+Expected = Callable[[], Awaitable[tuple[ShardMetadata, Arrival | None]]]
+
+
 class ServedShards:
-    """See the module. `address_of` gives the address of an owner's living session, empty if there is none."""
+    """See the module. `address_of` gives the address of an owner's living session, empty if there is none.
+
+    `on_received` is called with each shard that was passed on to this broker, once it is served.
+    """
 
     def __init__(
         self,
@@ -80,6 +97,7 @@ class ServedShards:
         budget: ByteBudget,
         pending_bytes_max: int,
         address_of: Callable[[Owner], str],
+        on_received: Callable[[ServedShard], None],
     ) -> None:
         self._ownership = ownership
         self._topics = topics
@@ -88,6 +106,7 @@ class ServedShards:
         self._budget = budget
         self._shard_pending_bytes_max = max(1, pending_bytes_max // SHARD_SHARE)
         self._address_of = address_of
+        self._on_received = on_received
         self._served: dict[int, ServedShard] = {}
         self._by_topic: dict[str, dict[ServedShard, None]] = {}
         self._loads: dict[int, asyncio.Task[ServedShard]] = {}
@@ -111,7 +130,7 @@ class ServedShards:
         self._served[shard.shard_id] = shard
         self._by_topic.setdefault(shard.topic, {})[shard] = None
 
-    def _remove(self, shard: ServedShard) -> bool:
+    def remove(self, shard: ServedShard) -> bool:
         """False if it was not there any more."""
         if self._served.get(shard.shard_id) is not shard:
             return False
@@ -125,6 +144,12 @@ class ServedShards:
     def loading(self, shard_id: int) -> bool:
         """It is being opened, or deleted."""
         return shard_id in self._loads or shard_id in self._deletions
+
+    async def loaded(self, shard_id: int) -> None:
+        """Returns when the shard is not being opened any more: it is served, or is not."""
+        load = self._loads.get(shard_id)
+        if load is not None:
+            await asyncio.wait({load})
 
     async def open(self, shard_id: int) -> ServedShard:
         """The shard, taken over if need be.
@@ -140,11 +165,22 @@ class ServedShards:
             raise unavailable(f"the shard is being deleted shard=`{shard_id}`", retry_after_ms=RETRY_AFTER_MS)
         load = self._loads.get(shard_id)
         if load is None:
-            load = asyncio.create_task(self._load(shard_id), name=f"load shard {shard_id}")
-            self._loads[shard_id] = load
-            load.add_done_callback(lambda done: self._loaded(shard_id, done))
+            load = self._begin_load(shard_id, self._load(shard_id))
         # Whoever waits may be cancelled; the opening goes on for the others.
         return await asyncio.shield(load)
+
+    def expect(self, shard_id: int, arrival: Expected) -> None:
+        """The shard is being opened from now on: it is served when it arrives. It is neither served nor loading.
+
+        `arrival` returns it claimed, or accepted with an Arrival. Raises Refused if it does not come, ShardNotFound,
+        MetadataUnavailable.
+        """
+        self._begin_load(shard_id, self._receive(arrival))
+
+    def _begin_load(self, shard_id: int, work: Coroutine[None, None, ServedShard]) -> asyncio.Task[ServedShard]:
+        load = self._loads[shard_id] = asyncio.create_task(work, name=f"load shard {shard_id}")
+        load.add_done_callback(lambda done: self._loaded(shard_id, done))
+        return load
 
     def _loaded(self, shard_id: int, load: asyncio.Task[ServedShard]) -> None:
         del self._loads[shard_id]
@@ -156,20 +192,39 @@ class ServedShards:
 
     async def _load(self, shard_id: int) -> ServedShard:
         async with self._load_slots:
-            metadata = await self._ownership.claim(shard_id)
-            try:
-                await self._topics.get(metadata.record.topic)
-            except Refused:
-                # A topic that is being deleted is not served any more, and nobody else can delete this shard now.
-                if await self._topics.marked(metadata.record.topic) is not None:
-                    await delete_shard(metadata)
-                raise
-            try:
-                return await self._open(metadata)
-            except (LogError, LedgerError, DamagedProducerTable) as error:
-                raise unavailable(f"the shard cannot be opened now: {error}", retry_after_ms=RETRY_AFTER_MS) from error
+            return await self.open_claimed(await self._ownership.claim(shard_id))
 
-    async def _open(self, metadata: ShardMetadata) -> ServedShard:
+    async def _receive(self, arrival: Expected) -> ServedShard:
+        metadata, arrived = await arrival()
+        shard = await self.open_claimed(metadata, arrived)
+        if arrived is not None:
+            self._on_received(shard)
+        return shard
+
+    async def plan_ledger(self, shard_id: int, epoch: int) -> LedgerRecord | None:
+        """A new ledger for the messages of a shard; None if there are not enough bookies for one. Commits nothing."""
+        parts = self._parts
+        ledger_id = await parts.ids.next_id(COUNTER_LEDGER)
+        try:
+            return parts.ledgers.plan(ledger_id, shard_id, LedgerPurpose.DATA, epoch)
+        except NotEnoughBookies:
+            return None
+
+    async def open_claimed(self, metadata: ShardMetadata, arrived: Arrival | None = None) -> ServedShard:
+        """Serves a shard that is this broker's. Raises Refused, MetadataUnavailable."""
+        try:
+            await self._topics.get(metadata.record.topic)
+        except Refused:
+            # A topic that is being deleted is not served any more, and nobody else can delete this shard now.
+            if await self._topics.marked(metadata.record.topic) is not None:
+                await delete_shard(metadata)
+            raise
+        try:
+            return await self._open(metadata, arrived)
+        except (LogError, LedgerError, DamagedProducerTable) as error:
+            raise unavailable(f"the shard cannot be opened now: {error}", retry_after_ms=RETRY_AFTER_MS) from error
+
+    async def _open(self, metadata: ShardMetadata, arrived: Arrival | None) -> ServedShard:
         shard: ServedShard | None = None
         losses: list[Released] = []
 
@@ -178,10 +233,7 @@ class ServedShards:
             if shard is not None:
                 self._released(shard, why)
 
-        parts = self._parts
-        shard_log = await ManagedLog.open(
-            metadata, parts.ledgers, parts.ids, parts.cache, parts.settings, now_us=parts.now_us, on_released=released
-        )
+        shard_log = await self._open_log(metadata, arrived, released)
         try:
             producers = await rebuild_producers(shard_log)
             shard = ServedShard(
@@ -191,10 +243,13 @@ class ServedShards:
                 self._metrics,
                 self._budget,
                 self._shard_pending_bytes_max,
-                parts.now_us,
+                self._parts.now_us,
                 lambda: self._ownership.session is not None,
             )
-            await shard.adopt()
+            if arrived is None:
+                await shard.adopt()
+            elif arrived.consumers is not None:
+                shard.await_consumers(arrived.consumers)
             session = self._ownership.session
             if session is not None and session != metadata.session:
                 # It was lost and begun anew meanwhile, when this shard was not among those to be told.
@@ -209,6 +264,15 @@ class ServedShards:
         self._metrics.shard_loads.inc()
         return shard
 
+    async def _open_log(
+        self, metadata: ShardMetadata, arrived: Arrival | None, released: Callable[[Released], None]
+    ) -> ManagedLog:
+        parts = self._parts
+        given = (parts.ledgers, parts.ids, parts.cache, parts.settings, parts.now_us, released)
+        if arrived is None:
+            return await ManagedLog.open(metadata, *given)
+        return await ManagedLog.open_passed_on(metadata, arrived.inheritance, *given)
+
     async def _give_up(self, shard_log: ManagedLog) -> None:
         """Closes a log that is not going to be served; its next owner does what is left undone here."""
         try:
@@ -219,7 +283,7 @@ class ServedShards:
             log.warning("log was not closed", shard=shard_log.shard_id, problem=str(error))
 
     def _released(self, shard: ServedShard, why: Released) -> None:
-        if self._remove(shard):
+        if self.remove(shard):
             self._metrics.shards_released.inc()
         log.warning("shard released", shard=shard.shard_id, topic=shard.topic, reason=why.reason)
         shard.release(why.reason, "" if why.owner is None else self._address_of(why.owner))
@@ -261,9 +325,16 @@ class ServedShards:
 
         await self._for_each(one)
 
-    async def close(self) -> None:
-        """Passes on every shard: what was accepted is stored and answered first."""
+    def begin_stop(self) -> None:
+        """Nothing is opened any more."""
         self._stopping = True
+
+    async def close(self, pass_on: Callable[[ServedShard], Awaitable[bool]]) -> None:
+        """Gives every shard up: what was accepted is stored and answered first.
+
+        `pass_on` makes it another broker's, or says that it could not be begun: then it becomes nobody's.
+        """
+        self.begin_stop()
         for deletion in self._deletions.values():
             deletion.cancel()  # Whoever goes on with it begins where this one stopped.
         # What is being opened is given up by itself, unless a silent store keeps it waiting.
@@ -275,19 +346,23 @@ class ServedShards:
             await asyncio.gather(*stuck, return_exceptions=True)
 
         async def one(shard: ServedShard) -> None:
-            successor = self._ownership.successor(shard.shard_id)
-            owner, address = (None, "") if successor is None else (successor.owner, successor.address)
+            if await pass_on(shard):
+                return
             try:
                 async with asyncio.timeout(CLOSE_S):
-                    await shard.close(owner, address)
+                    await shard.close()
             except (*CLOSE_ERRORS, TimeoutError) as error:
-                problem = str(error) or f"it took longer than {CLOSE_S:g} s"
-                log.warning("shard was not closed", shard=shard.shard_id, problem=problem)
-                shard.log.abandon()
-                shard.release("the broker is stopping")
-            self._remove(shard)
+                self.give_up(shard, "the broker is stopping", error)
+            self.remove(shard)
 
         await self._for_each(one)
+
+    def give_up(self, shard: ServedShard, reason: str, error: Exception) -> None:
+        """The shard could not be closed: its next owner recovers it."""
+        log.warning("shard was not closed", shard=shard.shard_id, problem=str(error) or f"not within {CLOSE_S:g} s")
+        shard.log.abandon()
+        shard.release(reason)
+        self.remove(shard)
 
     async def _for_each(self, act: Callable[[ServedShard], Awaitable[None]]) -> None:
         slots = asyncio.Semaphore(SHARDS_AT_ONCE)
@@ -322,13 +397,11 @@ class ServedShards:
             deletion.exception()  # Whoever waits has it; nobody may wait any more.
 
     async def _delete(self, shard_id: int) -> None:
-        load = self._loads.get(shard_id)
-        if load is not None:
-            await asyncio.gather(asyncio.shield(load), return_exceptions=True)
+        await self.loaded(shard_id)
         shard = self._served.get(shard_id)
         try:
             if shard is not None:
-                self._remove(shard)
+                self.remove(shard)
                 shard.release("the topic is being deleted")
                 await shard.log.delete()
             else:

@@ -7,7 +7,7 @@ a group of batches that became durable goes to the table first, then to the stre
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import NamedTuple, Protocol
 
@@ -22,10 +22,11 @@ from magnetar.broker.subscription import Subscription
 from magnetar.broker.topics import Topics
 from magnetar.ledger.client import Standing
 from magnetar.managed_log.errors import LogReleased
-from magnetar.managed_log.log import ManagedLog, PendingBatch
+from magnetar.managed_log.log import Inheritance, ManagedLog, PendingBatch
 from magnetar.metadata.records import (
     Anchor,
     AtOffset,
+    LedgerRecord,
     Owner,
     StartPosition,
     SubscriptionRecord,
@@ -37,6 +38,9 @@ from magnetar.wire.batch import BatchHeader, parse_header
 
 REUNION_S = 1.0
 """After a shard is opened here, how long its queues wait for the consumers of its former owner."""
+
+Consumers = Mapping[str, Sequence[str]]
+"""By subscription the names of those that are attached: of a stream, the active one first. Empty = without a name."""
 
 log = structlog.get_logger("magnetar.shard")
 
@@ -73,7 +77,10 @@ class Pushed(NamedTuple):
 
 
 class ServedShard:
-    """`released` is set once the shard is no longer served; `release_reason` then says why, `owner` who has it now."""
+    """`released` is set once the shard is no longer served; `release_reason` then says why, `owner` who has it now.
+
+    While it is being given up, `owner` is the address of the broker that gets it.
+    """
 
     def __init__(
         self,
@@ -95,6 +102,8 @@ class ServedShard:
         self.producers = producers
         self.subscriptions: dict[str, Subscription] = {}
         self.pending = ByteBudget(pending_bytes_max)
+        self.published_bytes = 0
+        self.published_messages = 0
         self.released = asyncio.Event()
         self.release_reason = ""
         self.owner = ""
@@ -106,6 +115,7 @@ class ServedShard:
         self._closing = False
         self._inherited = set(shard_log.cursors)
         self._reunited_at = asyncio.get_running_loop().time() + REUNION_S
+        self._awaited: Consumers | None = None
         self._handles: dict[ProducerPort, None] = {}
         self._openings: dict[int, ProducerPort] = {}
         # Held while a record is read and its cursor made: else a deletion in between leaves a cursor of no
@@ -167,6 +177,8 @@ class ServedShard:
         settled = self.producers.persisted(persisted, end_offset, self._now_us())
         self.pending.give(size_bytes)
         self._budget.give(size_bytes)
+        self.published_messages += messages
+        self.published_bytes += size_bytes
         self._metrics.published_batches.inc(len(group))
         self._metrics.published_messages.inc(messages)
         self._metrics.published_bytes.inc(size_bytes)
@@ -269,6 +281,8 @@ class ServedShard:
             reunited_at = self._reunited_at if record.name in self._inherited else 0.0
             known = Subscription(self.log, record.name, record.type, record.subscription_id, reunited_at)
             self.subscriptions[record.name] = known
+            if self._awaited is not None:
+                known.await_consumers(self._awaited.get(record.name, ()), self._reunited_at)
         return known
 
     async def _drop(self, name: str) -> None:
@@ -277,6 +291,12 @@ class ServedShard:
             subscription.close(subscription_not_found(self.topic, name))
         if name in self.log.cursors:
             await self.log.delete_cursor(name)
+
+    def await_consumers(self, consumers: Consumers) -> None:
+        """The former owner had these. Each subscription waits for its own, until REUNION_S after the opening here."""
+        self._awaited = consumers
+        for subscription in self.subscriptions.values():
+            subscription.await_consumers(consumers.get(subscription.name, ()), self._reunited_at)
 
     # --- release ---
 
@@ -298,19 +318,35 @@ class ServedShard:
         """What to tell those who want something of a released shard."""
         return not_owner(self.shard_id, self.owner, self.release_reason)
 
-    async def close(self, successor: Owner | None = None, address: str = "") -> None:
-        """Stops accepting, waits until what was accepted is stored and answered, closes the log, gives the shard up.
+    async def close(self) -> None:
+        """Stops accepting, waits until what was accepted is stored and answered, closes the log, gives the shard up."""
+        self._stop_accepting("the broker is stopping", "")
+        await self.log.close()
+        self.release(self.release_reason)
 
-        Everybody is sent to the successor's address, and the record names it.
+    def consumers(self) -> Consumers:
+        return {name: subscription.consumers for name, subscription in self.subscriptions.items()}
+
+    async def pass_on(self, heir: Owner, address: str, ledger: LedgerRecord | None) -> Inheritance:
+        """As `close`, but the shard becomes the heir's, which expects it: everybody is sent to its address at once.
+
+        Producers are told after the answers to what was accepted. What consumers acknowledged is stored and answered.
+        Raises what `ManagedLog.pass_on` does; the shard is not served any more then.
         """
-        self.release_reason = "the broker is stopping"
+        self._stop_accepting("the shard moves to another broker", address)
+        for subscription in self.subscriptions.values():
+            subscription.close(self.refusal())
+        inheritance = await self.log.pass_on(heir, ledger)
+        self.release(self.release_reason, address)
+        return inheritance
+
+    def _stop_accepting(self, reason: str, address: str) -> None:
+        self.release_reason = reason
         self.owner = address
         refused = self.refusal()
         for handle in list(self._handles):
             handle.fail(refused)
         self._closing = True
-        await self.log.close(successor)
-        self.release(self.release_reason, address)
 
     def release(self, reason: str, owner: str = "") -> None:
         """Tells everybody who uses the shard that it is no longer served here. What is in flight is unknown to them."""

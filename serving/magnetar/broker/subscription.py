@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -83,8 +83,9 @@ class SubscriptionFacts:
 class Subscription:
     """See the module. It has a task while consumers are attached.
 
-    reunited_at   the loop's time until which a queue delivers nothing: consumers of the shard's former owner may be on
-                  their way with messages in their hands, and what they hold is not given to others
+    reunited_at   the loop's time until which nothing is delivered: consumers of the shard's former owner may be on
+                  their way with messages in their hands, and what they hold is not given to others. It ends earlier
+                  when all that the former owner named are here (`await_consumers`)
     """
 
     def __init__(
@@ -107,6 +108,8 @@ class Subscription:
         self._seeks = 0
         self._reunited_at = reunited_at if type is SubscriptionType.QUEUE else 0.0
         self._reunion: asyncio.TimerHandle | None = None
+        self._awaited: dict[str, None] | None = None
+        self._arrived = asyncio.Event()
         self._core: StreamDispatch | QueueDispatch = self._new_core(key_ordered=False)
         self._pump = Pump(shard_log, self._core, self._carry_out, self._skip_trimmed, self.close)
 
@@ -129,6 +132,7 @@ class Subscription:
             self._named[session.consumer] = session
         self._core.attach(consumer, held)
         self._core.pause(consumer, session.full)
+        self._came(session.consumer)
         self._wait_for_reunion()
         self._pump.start()
         self._pump.wake()
@@ -138,6 +142,31 @@ class Subscription:
             active=not isinstance(self._core, StreamDispatch) or self._core.active == consumer,
             cursor_epoch=self._core.cursor_epoch,
         )
+
+    @property
+    def consumers(self) -> list[str]:
+        """The names of those that are attached, in the order in which they came: of a stream, the active one first."""
+        return [session.consumer for session in self._sessions.values()]
+
+    def await_consumers(self, names: Iterable[str], until: float) -> None:
+        """The former owner named its consumers: nothing is delivered until all are here, or until the loop's time.
+
+        Without a name nobody can be told from a new one: then it is the time alone.
+        """
+        self._awaited = dict.fromkeys(name for name in names if name not in self._named or not name)
+        self._reunited_at = until if self._awaited else 0.0
+        self._end_reunion_if_complete()
+
+    async def turn_of(self, consumer: str) -> None:
+        """Returns when this consumer may be attached: to a stream after the one that was active at the former owner."""
+        if self.type is not SubscriptionType.STREAM or not self._awaited or self._sessions:
+            return
+        active = next(iter(self._awaited))
+        with suppress(TimeoutError):
+            async with asyncio.timeout_at(self._reunited_at):
+                while consumer != active and active in self._awaited:
+                    await self._arrived.wait()
+                    self._arrived.clear()
 
     def detach(self, session: ConsumerSession) -> None:
         """What it has and did not acknowledge goes to others. One that is not attached is no error."""
@@ -226,9 +255,23 @@ class Subscription:
         self._pump.suspended = self._seeks > 0 or self._reunion is not None
         self._pump.wake()
 
+    def _came(self, consumer: str) -> None:
+        if self._awaited and consumer and consumer in self._awaited:
+            del self._awaited[consumer]
+            self._arrived.set()
+            self._end_reunion_if_complete()
+
+    def _end_reunion_if_complete(self) -> None:
+        if not self._awaited:
+            self._reunited_at = 0.0
+            if self._reunion is not None:
+                self._reunion.cancel()
+                self._reunited()
+
     def _wait_for_reunion(self) -> None:
         loop = asyncio.get_running_loop()
-        if self._reunion is None and loop.time() < self._reunited_at:
+        waits = self.type is SubscriptionType.QUEUE
+        if waits and self._reunion is None and loop.time() < self._reunited_at:
             self._reunion = loop.call_at(self._reunited_at, self._reunited)
             self._resume()
 

@@ -32,7 +32,7 @@ from typing import Any, Protocol
 import structlog
 
 from magnetar.ledger.errors import LedgerLost
-from magnetar.ledger.write_handle import WriteHandle
+from magnetar.ledger.write_handle import SETTLE_S, WriteHandle
 from magnetar.managed_log.chain import (
     Chain,
     OpenSegment,
@@ -188,9 +188,19 @@ class Appender:
         self._end_asked = True
         self._wake_if_due()
 
-    async def finish(self) -> LedgerRecord | None:
+    def begin_in_last(self, last_time_us: int) -> None:
+        """The shard was passed on with an empty ledger as its last segment: entries go there at once.
+
+        `last_time_us`: the publish time of the last message.
+        """
+        self._last_time_us = max(self._last_time_us, last_time_us)
+        self._last_time_known = True
+        self._go_on()
+
+    async def finish(self, settle_s: float) -> LedgerRecord | None:
         """Takes no more batches, waits until all that was appended is confirmed, and leaves the ledger for good.
 
+        `settle_s`: how long it waits for bookies beyond the ack quorum.
         Returns its CLOSED record, for the caller to commit with `segment_end`; None if no ledger is open.
         """
         self._stopping = True
@@ -200,7 +210,7 @@ class Appender:
             await self._settled.wait()
         self._shard.check_served()
         self.state = WriteState.FINISHED
-        return await self._closed(self._handle) if self._handle is not None else None
+        return await self._closed(self._handle, settle_s) if self._handle is not None else None
 
     def _settled_down(self) -> bool:
         at_rest = self._stepping is None and self._linking is None and self._next_step() is None
@@ -218,6 +228,11 @@ class Appender:
     def last_time_us(self) -> int:
         """The newest publish time that is known."""
         return self._last_time_us
+
+    @property
+    def known_last_time_us(self) -> int:
+        """The publish time of the last message; 0 if there is none, or it is not known."""
+        return self._last_time_us if self._last_time_known else 0
 
     def _stop(self, _: Released) -> None:
         self._queue.clear()
@@ -457,10 +472,10 @@ class Appender:
         assert self._handle is not None
         return SegmentEnd(self._handle.ledger_id, self.end_offset, size_bytes, self._first_time_us)
 
-    async def _closed(self, left: WriteHandle) -> LedgerRecord:
+    async def _closed(self, left: WriteHandle, settle_s: float = SETTLE_S) -> LedgerRecord:
         """The CLOSED record of a ledger that was left with everything confirmed; waits a moment for slow members."""
         try:
-            return await left.close()
+            return await left.close(settle_s)
         except LedgerLost:
             return await self._recovered(left)
 

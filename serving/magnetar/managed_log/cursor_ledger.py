@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from magnetar.ledger.errors import LedgerLost, WriterClosed
 from magnetar.ledger.write_handle import WriteHandle
@@ -32,6 +32,20 @@ SNAPSHOTS_PER_LEDGER = 4
 """A cursor ledger holds at least so many times the bytes of its snapshot, so that large states are not copied often."""
 
 ProducerSnapshot = Callable[[], tuple[list[bytes], int]]
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedCursors:
+    """The cursors and producers of a log that is being closed, made durable.
+
+    state    entries that hold all of it
+    inline   the same, small enough to be put into the shard record: then the ledger is to be dropped
+    closed   else the CLOSED record to be committed, if a ledger was open
+    """
+
+    state: tuple[bytes, ...]
+    inline: bytes = b""
+    closed: LedgerRecord | None = None
 
 
 class CursorLedger:
@@ -248,25 +262,25 @@ class CursorLedger:
 
     # --- the end ---
 
-    async def finish(self) -> tuple[bytes, tuple[LedgerRecord, ...]]:
+    async def finish(self, settle_s: float) -> FinishedCursors:
         """Makes all state durable for a clean close; nothing may be changed any more.
 
-        Returns it as one entry if it is small enough to be put into the shard record: then the ledger is to be dropped.
-        Else b"", and the CLOSED record to be committed, if a ledger is open.
+        `settle_s`: how long it waits for bookies beyond the ack quorum.
         """
         await self._settle()
         chunks, covered_offset = self.producer_snapshot()
-        parts = self.table.snapshot(self._snapshot_id + 1, chunks, covered_offset)
-        if len(parts) == 1 and len(inline := encode_part(parts[0])) <= self._shard.settings.inline_bytes:
-            return inline, ()
+        snapshot = self.table.snapshot(self._snapshot_id + 1, chunks, covered_offset)
+        state = tuple(encode_part(part) for part in snapshot)
+        if len(state) == 1 and len(state[0]) <= self._shard.settings.inline_bytes:
+            return FinishedCursors(state, inline=state[0])
         while True:
             if self._has_no_state() or covered_offset != self.covered_offset or self._broken:
                 await self.store_snapshot()
                 await self._settle()
             if self._handle is None:
-                return b"", ()
+                return FinishedCursors(state)
             try:
-                return b"", (await self._handle.close(),)
+                return FinishedCursors(state, closed=await self._handle.close(settle_s))
             except LedgerLost:
                 self._broken = True
 

@@ -12,16 +12,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from types import MappingProxyType
 
 from magnetar.ledger.client import LedgerClient, Standing
-from magnetar.ledger.write_handle import WriteHandle
+from magnetar.ledger.write_handle import SETTLE_S, WriteHandle
 from magnetar.managed_log.appender import AppendedEntry, Appender, PendingBatch
 from magnetar.managed_log.cache import ReadCache, StoredEntry
-from magnetar.managed_log.chain import Chain
+from magnetar.managed_log.chain import Chain, link_segment
 from magnetar.managed_log.cursor import RANGE_MESSAGES_MAX, AckBeyondEnd, Cursor, CursorNotFound, InvalidAck, Range
-from magnetar.managed_log.cursor_ledger import CursorLedger, ProducerSnapshot
+from magnetar.managed_log.cursor_ledger import CursorLedger, FinishedCursors, ProducerSnapshot
 from magnetar.managed_log.deletion import delete_shard
 from magnetar.managed_log.errors import (
     LogDamaged,
@@ -35,10 +34,18 @@ from magnetar.managed_log.errors import (
 from magnetar.managed_log.owned_shard import OwnedShard
 from magnetar.managed_log.segment_reads import SegmentReads
 from magnetar.managed_log.settings import LogSettings
-from magnetar.managed_log.takeover import TakenOver, take_over
+from magnetar.managed_log.takeover import Inheritance, TakenOver, inherit, take_over
 from magnetar.managed_log.trimming import Trimmer
 from magnetar.metadata.ids import IdBlocks
-from magnetar.metadata.records import LedgerRecord, LedgerState, Owner, Segment, ShardRecord, SubscriptionType
+from magnetar.metadata.records import (
+    LedgerPurpose,
+    LedgerRecord,
+    LedgerState,
+    Owner,
+    Segment,
+    ShardRecord,
+    SubscriptionType,
+)
 from magnetar.metadata.shards import OutcomeUnknown, OwnershipLost, SessionEnded, ShardChange, ShardMetadata
 from magnetar.metadata.store import MetadataUnavailable
 from magnetar.wire.entry import EntryBatch
@@ -47,6 +54,7 @@ __all__ = [
     "AckBeyondEnd",
     "Cursor",
     "CursorNotFound",
+    "Inheritance",
     "InvalidAck",
     "LogDamaged",
     "LogError",
@@ -66,6 +74,12 @@ __all__ = [
 
 
 CLOSED = Released(None, "the log was closed")
+
+PASS_SETTLE_S = 0.1
+"""How long a log that is passed on waits for bookies beyond the ack quorum: producers wait meanwhile."""
+
+INHERITED_BYTES_MAX = 2 << 20
+"""Of cursors and producers that go with a shard that is passed on; a larger state is read from its ledger."""
 
 STANDING_S = 2.0
 """For bookies to say whether a ledger was fenced."""
@@ -147,6 +161,29 @@ class ManagedLog:
         """
         shard = OwnedShard(metadata, ledgers, ids, settings, now_us, on_released)
         return cls(shard, cache, await take_over(shard))
+
+    @classmethod
+    async def open_passed_on(
+        cls,
+        metadata: ShardMetadata,
+        inherited: Inheritance | None,
+        ledgers: LedgerClient,
+        ids: IdBlocks,
+        cache: ReadCache,
+        settings: LogSettings,
+        now_us: Callable[[], int],
+        on_released: Callable[[Released], None],
+    ) -> ManagedLog:
+        """Opens the log of a shard that `metadata` has accepted from its former owner: nothing is to be recovered.
+
+        Raises as `open`.
+        """
+        shard = OwnedShard(metadata, ledgers, ids, settings, now_us, on_released)
+        taken = await inherit(shard, inherited)
+        opened = cls(shard, cache, taken)
+        if shard.ledgers:
+            opened._appender.begin_in_last(taken.last_time_us or await opened.find_last_time())
+        return opened
 
     # --- facts ---
 
@@ -411,43 +448,68 @@ class ManagedLog:
 
     # --- the end ---
 
-    async def close(self, successor: Owner | None = None) -> None:
+    async def close(self) -> None:
         """Releases the shard cleanly: everything appended and acknowledged is durable, all ledgers are closed.
 
-        The record then names the successor, if its session still lives; else nobody. Waits as long as that takes;
-        cancelled, it abandons the log. Raises LogReleased if the shard is lost before.
+        The record then names nobody. Waits as long as that takes; cancelled, it abandons the log. Raises LogReleased if
+        the shard is lost before.
         """
         self._shard.check_served()
         try:
-            await self._close(successor)
+            finished = await self._finish(SETTLE_S)
+            await self._shard.give_up(lambda record: _nobodys(finished.change(record)), CLOSED)
         finally:
             self._shard.abandon(CLOSED)
 
-    async def _close(self, successor: Owner | None) -> None:
-        closed = await self._appender.finish()
+    async def pass_on(self, heir: Owner, ledger: LedgerRecord | None) -> Inheritance:
+        """As `close`, but the shard is the heir's in the next epoch, which can serve it with what is returned.
+
+        `ledger`: a new one of the heir's, in that epoch; it becomes the last segment if this log has one open.
+        Raises LogReleased; SessionEnded if the heir's session is over: then all is closed, and this broker owns it.
+        """
+        self._shard.check_served()
+        try:
+            finished = await self._finish(PASS_SETTLE_S)
+            try:
+                await self._shard.give_up(lambda record: _inherited_by(heir, ledger, finished.change(record)), CLOSED)
+            except SessionEnded:
+                await self._shard.give_up(finished.change, CLOSED)
+                raise
+        finally:
+            self._shard.abandon(CLOSED)
+        state = finished.cursors.state
+        return Inheritance(
+            last_time_us=self._appender.known_last_time_us,
+            cursors=state if sum(map(len, state)) <= INHERITED_BYTES_MAX else (),
+            cursor_ledger=self._closed_cursor_ledger(finished.cursors),
+        )
+
+    def _closed_cursor_ledger(self, cursors: FinishedCursors) -> LedgerRecord | None:
+        return (cursors.closed or self._shard.closed_cursor) if self._shard.record.cursor_ledger else None
+
+    async def _finish(self, settle_s: float) -> _Finished:
+        """Takes nothing more and makes all that was taken durable."""
+        closed = await self._appender.finish(settle_s)
         end = self._appender.segment_end(closed.length) if closed is not None else None
         self._closing = True
-        inline, closed_cursors = await self._cursors.finish()
+        cursors = await self._cursors.finish(settle_s)
 
-        def build(owner: Owner | None, record: ShardRecord) -> ShardChange:
-            put = closed_cursors
+        def change(record: ShardRecord) -> ShardChange:
+            put = () if cursors.closed is None else (cursors.closed,)
             gone = self._shard.linked(record.next_ledger) + self._shard.linked(record.next_cursor)
-            released = replace(record, owner=owner, next_ledger=0, next_cursor=0)
+            ended = replace(record, next_ledger=0, next_cursor=0)
             if end is not None and closed is not None:
-                released = end.close(released)
+                ended = end.close(ended)
                 if end.has_messages(record):
                     put = (*put, closed)
                 else:
                     gone = (*gone, closed)
-            if inline:
+            if cursors.inline:
                 gone += self._shard.linked(record.cursor_ledger)
-                released = replace(released, cursor_ledger=0, inline_cursors=inline)
-            return ShardChange(released, put_ledgers=put, delete_ledgers=gone)
+                ended = replace(ended, cursor_ledger=0, inline_cursors=cursors.inline)
+            return ShardChange(ended, put_ledgers=put, delete_ledgers=gone)
 
-        try:
-            await self._shard.give_up(partial(build, successor), CLOSED)
-        except SessionEnded:
-            await self._shard.give_up(partial(build, None), CLOSED)
+        return _Finished(change, cursors)
 
     def abandon(self, reason: str = "abandoned") -> None:
         """Stops at once, as a crash would: nothing more is written, and `on_released` is not called."""
@@ -493,6 +555,31 @@ class ManagedLog:
 
     def _record_changed(self, record: ShardRecord) -> None:
         self._chain.update(self._appender.view(record))
+
+
+@dataclass(frozen=True, slots=True)
+class _Finished:
+    """A log that takes nothing more: the change that closes all of its ledgers, and what its cursors are."""
+
+    change: Callable[[ShardRecord], ShardChange]
+    cursors: FinishedCursors
+
+
+def _nobodys(change: ShardChange) -> ShardChange:
+    return replace(change, record=replace(change.record, owner=None))
+
+
+def _inherited_by(heir: Owner, ledger: LedgerRecord | None, change: ShardChange) -> ShardChange:
+    """The heir owns the shard in the next epoch, and its ledger follows the segment that is closed now, if one is.
+
+    A shard to which nobody appends is passed on without a ledger: thousands of them cost nothing then.
+    """
+    record = replace(change.record, owner=heir, epoch=change.record.epoch + 1)
+    closed = [put for put in change.put_ledgers if put.purpose is LedgerPurpose.DATA]
+    if ledger is None or not closed or ledger.epoch != record.epoch:
+        return replace(change, record=record)
+    linked, pages = link_segment(record, Segment(ledger.ledger_id, record.segments[-1].end_offset))
+    return replace(change, record=linked, put_ledgers=(*change.put_ledgers, ledger), put_pages=pages)
 
 
 async def _standing(handle: WriteHandle) -> Standing:

@@ -6,6 +6,9 @@
 3. One transaction closes them, counts their messages, unlinks and deletes what is empty and drops `next_cursor`, whose
    roll has not happened. It creates nothing: that waits for the first append or acknowledgement.
 4. The cursors are rebuilt from the cursor ledger, which is fenced now, or from the inline state.
+
+A shard that its former owner passed on has nothing to be recovered: its ledgers are closed but for the last one, which
+is empty and the new owner's. What the former owner tells beside it (`Inheritance`) need not be read.
 """
 
 from __future__ import annotations
@@ -42,6 +45,20 @@ class TakenOver:
 
 
 @dataclass(frozen=True, slots=True)
+class Inheritance:
+    """What the former owner of a shard tells the one to whom it passed the shard on.
+
+    last_time_us    publish time of the last message; 0 = there is none
+    cursors         entries that hold the state of all cursors and producers, as in a cursor ledger; empty = read it
+    cursor_ledger   the record of the cursor ledger, CLOSED; None if the shard has none
+    """
+
+    last_time_us: int
+    cursors: tuple[bytes, ...] = ()
+    cursor_ledger: LedgerRecord | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class _Data:
     """A recovered data ledger that holds messages or control entries: headers of its first and last entry."""
 
@@ -67,6 +84,30 @@ async def take_over(shard: OwnedShard) -> TakenOver:
         await shard.change(plan.build)
     replay = await _replay(shard, cursors.record if cursors is not None else None)
     return TakenOver(plan.end_offset, plan.last_time_us, replay)
+
+
+async def inherit(shard: OwnedShard, inherited: Inheritance | None) -> TakenOver:
+    """As `take_over`, of a shard that was passed on; None: its former owner is gone and tells nothing.
+
+    Raises ReadFailed, LogDamaged, LogReleased.
+    """
+    record = shard.record
+    end_offset = record.start_offset
+    if record.segments:
+        last = record.segments[-1]
+        end_offset = last.first_offset if last.ledger_id in shard.ledgers else last.end_offset
+    known = None if inherited is None or inherited.cursor_ledger is None else inherited.cursor_ledger.ledger_id
+    if inherited is None or not inherited.cursors or (known or 0) != record.cursor_ledger:
+        return TakenOver(end_offset, 0 if inherited is None else inherited.last_time_us, await _replay(shard, None))
+    replay = CursorReplay()
+    replay.covered_offset = record.start_offset
+    shard.closed_cursor = inherited.cursor_ledger
+    try:
+        for entry in inherited.cursors:
+            replay_entry(entry, replay)
+    except DamagedCursorEntry as error:
+        raise LogDamaged(f"cursors that were passed on do not parse: shard=`{record.shard_id}` {error}") from error
+    return TakenOver(end_offset, inherited.last_time_us, replay)
 
 
 class _Plan:

@@ -1,0 +1,131 @@
+"""The shell of the balancer: measures what this broker's shards take, and while it is the leader, has shards moved.
+
+Every broker samples its loads and is a candidate. The leader asks all brokers that may have shards for theirs; if one
+does not answer, nothing moves in that round. Leadership is a hint: two leaders for a moment move shards twice as often.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
+
+import structlog
+
+from magnetar.broker.balancer import Balancer, BrokerLoad, Move
+from magnetar.broker.cluster_view import ClusterView, LiveBroker
+from magnetar.broker.loads import Loads, ShardLoad
+from magnetar.broker.metrics import BrokerMetrics
+from magnetar.broker.mover import MOVE_S
+from magnetar.broker.peers import ADMIN_SERVICE, Peers
+from magnetar.broker.refusals import refusal_of
+from magnetar.broker.served import ServedShards
+from magnetar.metadata.election import Election
+from magnetar.metadata.store import MetadataError
+from magnetar.node.rpc import Context, Refused, parse
+from magnetar.v1 import admin_pb2 as pb
+
+SAMPLE_S = 5.0
+
+RESIGN_S = 1.0
+"""For the store to be told; without it the next leader is elected when the lease ends."""
+
+ELECTION = "balancer"
+
+log = structlog.get_logger("magnetar.balancer")
+
+
+class Rebalancing:
+    """See the module. `address` is this broker's own, once it listens."""
+
+    def __init__(
+        self,
+        election: Election,
+        view: ClusterView,
+        served: ServedShards,
+        peers: Peers,
+        metrics: BrokerMetrics,
+        interval_s: float,
+    ) -> None:
+        self.address = ""
+        self._election = election
+        self._view = view
+        self._served = served
+        self._peers = peers
+        self._metrics = metrics
+        self._interval_s = interval_s
+        self._loads = Loads()
+        self._balancer = Balancer()
+
+    def methods(self) -> Mapping[str, Callable[[bytes, Context], Awaitable[bytes]]]:
+        return {"ReportLoads": self.report_loads}
+
+    async def report_loads(self, data: bytes, _context: Context) -> bytes:
+        parse(pb.ReportLoadsRequest, data)
+        loads = [
+            pb.ShardLoad(shard_id=load.shard_id, bytes_per_s=load.bytes_per_s, messages_per_s=load.messages_per_s)
+            for load in self._loads.report()
+        ]
+        return pb.ReportLoadsResponse(loads=loads).SerializeToString()
+
+    async def measure(self) -> None:
+        """Until it is cancelled."""
+        while True:
+            self._loads.sample(
+                asyncio.get_running_loop().time(),
+                [(s.shard_id, s.published_bytes, s.published_messages) for s in self._served],
+            )
+            await asyncio.sleep(SAMPLE_S)
+
+    async def lead(self) -> None:
+        """Until it is cancelled: waits to be the leader, and balances while it is."""
+        try:
+            while True:
+                await self._election.campaign()
+                log.info("this broker balances the cluster")
+                self._balancer = Balancer()
+                while self._election.leader:
+                    await asyncio.sleep(self._interval_s)
+                    await self.round()
+        finally:
+            with suppress(MetadataError, TimeoutError):
+                async with asyncio.timeout(RESIGN_S):
+                    await self._election.resign()
+
+    async def round(self) -> None:
+        """Moves what this round's loads ask for, one after the other."""
+        try:
+            moves = self._balancer.plan(await self._measured(), asyncio.get_running_loop().time())
+        except Refused as refused:
+            log.info("loads are not known: nothing moves", problem=refused.message)
+            return
+        for move in moves:
+            if not self._election.leader:
+                return
+            await self._move(move)
+
+    async def _measured(self) -> list[BrokerLoad]:
+        """Raises Refused if a broker does not tell."""
+        brokers = [b for b in self._view.brokers() if not b.leaving and not self._view.drained(b.owner.broker_id)]
+        return list(await asyncio.gather(*map(self._reported, sorted(brokers, key=lambda b: b.owner.broker_id))))
+
+    async def _reported(self, broker: LiveBroker) -> BrokerLoad:
+        method = ADMIN_SERVICE + "ReportLoads"
+        answer = await self._peers.call(broker.address, method, pb.ReportLoadsRequest(), pb.ReportLoadsResponse)
+        loads = (ShardLoad(load.shard_id, load.bytes_per_s, load.messages_per_s) for load in answer.loads)
+        return BrokerLoad(broker.owner.broker_id, tuple(loads))
+
+    async def _move(self, move: Move) -> None:
+        log.info("balancing", shard=move.shard_id, source=move.source, target=move.target, reason=move.reason)
+        self._balancer.moved(move.shard_id, asyncio.get_running_loop().time())
+        request = pb.MoveShardRequest(shard_id=move.shard_id, to_broker_id=move.target, reason=move.reason)
+        try:
+            method = ADMIN_SERVICE + "MoveShard"
+            await self._peers.call(self.address, method, request, pb.MoveShardResponse, timeout_s=MOVE_S)
+        except Exception as error:
+            if refusal_of(error) is None:
+                raise
+            self._metrics.balancer_moves.labels("failed").inc()
+            log.warning("shard was not moved", shard=move.shard_id, target=move.target, problem=str(error))
+        else:
+            self._metrics.balancer_moves.labels("done").inc()
