@@ -188,16 +188,16 @@ async def test_a_newer_connection_of_the_name_fences_the_older_for_good(
 
 
 async def test_a_name_that_others_keep_taking_is_given_up_after_the_timeout(
-    cluster: ScriptedCluster, connecting: Callable[[float], Client]
+    cluster: ScriptedCluster, client: Client, connecting: Callable[[float], Client]
 ) -> None:
     cluster.create("clicks")
     cluster.epochs[TOPIC, "importer"] = 7
-    async with connecting(0.3) as client:
-        async with client.producer("clicks", name="importer"):
-            assert cluster.epochs[TOPIC, "importer"] == 8
-        cluster.rivals = True
-        with pytest.raises(RetriableError, match="taking the producer's name"):
-            async with client.producer("clicks", name="importer"):
+    async with client.producer("clicks", name="importer"):
+        assert cluster.epochs[TOPIC, "importer"] == 8
+    cluster.rivals = True
+    async with connecting(0.2) as impatient:
+        with pytest.raises(RetriableError):
+            async with impatient.producer("clicks", name="importer"):
                 raise AssertionError
 
 
