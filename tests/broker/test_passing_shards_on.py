@@ -412,3 +412,31 @@ async def test_a_broker_reports_what_is_published_to_its_shards(pair: Pair) -> N
     [load] = answer.loads
     assert load.shard_id == pair.shard
     assert load.bytes_per_s > load.messages_per_s > 0
+
+
+async def test_a_shard_that_nobody_owns_is_moved_to_where_it_is_wanted(pair: Pair) -> None:
+    shard = await pair.a.shard(TOPIC, pair.shard)
+    await shard.close()
+    pair.a.served.remove(shard)
+    assert (await pair.record()).owner is None
+    assert (await pair.move(pair.b)).from_broker_id == ""
+    assert pair.b.served.get(pair.shard) is not None
+    assert (await pair.record()).owner == pair.b.ownership.session
+
+
+async def test_an_owner_that_stands_still_is_fenced_by_a_move(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = pair.a, pair.b
+    monkeypatch.setattr(mover, "SILENCE_S", 0.05)
+    async with ProduceClient(pair.connect(a)) as client:
+        await client.open(pair.shard)
+        await client.publish(pair.batch(0))
+        await client.answers(1)
+
+    async def silent(*_: Any) -> Source:
+        return Source.SILENT
+
+    monkeypatch.setattr(b._mover, "_ask", silent)
+    assert (await pair.move(b, through=b)).from_broker_id == "a"
+    assert (await pair.record()).owner == b.ownership.session
+    async with ProduceClient(pair.connect(b)) as client:
+        assert (await client.open(pair.shard)).last_sequence == 0

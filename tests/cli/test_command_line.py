@@ -337,6 +337,7 @@ def test_brokers_and_bookies_are_listed(cluster: Any) -> None:
     assert [one["id"] for one in bookies] == ["bookie0", "bookie1", "bookie2"]
     assert {"id", "address", "state", "rack", "ledgers", "bytes", "disk_free_bytes"} <= set(bookies[0])
     assert all(one["state"] == "WRITABLE" and one["ledgers"] > 0 for one in bookies)
+    assert broker["state"] == "SERVING"
     assert cluster.call("brokers", "list").out.startswith("broker ")
     assert cluster.call("bookies", "list").out.startswith("bookie ")
 
@@ -390,3 +391,11 @@ def test_a_server_that_takes_connections_and_says_nothing_is_given_up(magnetar: 
         ran = magnetar.run("topics", "list", "--server", f"127.0.0.1:{silent.getsockname()[1]}", "--timeout", "0.5")
         assert ran.is_refused(124, "127.0.0.1")
         assert time.monotonic() - begin < 10
+
+
+def test_a_broker_that_nobody_could_relieve_is_not_drained(cluster: Any) -> None:
+    assert cluster.call("brokers", "drain", "broker0", "--wait").is_refused(2, "no other broker", "start one")
+    assert cluster.call("brokers", "drain", "broker9", "--dry-run").is_refused(2, "no such broker", "broker0")
+    assert asked(cluster, "brokers", "undrain", "broker0", "--dry-run") == {
+        "broker": "broker0", "was_draining": False, "dry_run": True,
+    }  # fmt: skip

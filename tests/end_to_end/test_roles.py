@@ -146,6 +146,7 @@ def test_a_cluster_of_processes_is_used_like_a_standalone(cluster: Cluster) -> N
     brokers = json.loads(cluster.run("brokers", "list", "--output", "json"))
     assert [one["id"] for one in brokers] == list(BROKERS)
     assert sum(one["shards"] for one in brokers) == 4
+    assert {one["state"] for one in brokers} == {"SERVING"}
     bookies = json.loads(cluster.run("bookies", "list", "--output", "json"))
     assert [(one["id"], one["state"]) for one in bookies] == [(name, "WRITABLE") for name in BOOKIES]
     assert all(one["ledgers"] > 0 and one["disk_free_bytes"] > 0 for one in bookies)

@@ -21,6 +21,7 @@ PURE = (
     *(f"bookies/magnetar/ledger/{name}.py" for name in ("quorum", "writer", "recovery", "reads", "placement")),
     *(f"serving/magnetar/managed_log/{name}.py" for name in ("chain", "cursor", "cache")),
     *(f"serving/magnetar/broker/{name}.py" for name in ("dispatch", "redelivery", "dedup", "flow", "layout")),
+    *(f"serving/magnetar/broker/{name}.py" for name in ("hand_off", "loads", "balancer")),
     *(f"client/magnetar/client/{name}.py" for name in ("batching", "inflight", "acks", "backoff")),
 )
 IMPURE_IMPORTS = {"asyncio", "grpc", "google", "time", "random", "logging", "structlog", "threading", "socket"}

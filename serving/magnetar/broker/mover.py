@@ -50,6 +50,8 @@ EXPECT_S = 2 * CLOSE_S
 TELLING_S = 0.1
 """For the source's words to come after a watch has shown that the shard is this broker's."""
 
+MOVE_ATTEMPTS = 3
+
 MOVE_S = READY_S + CLOSE_S + TAKE_S
 """For the owner of a shard to move it."""
 
@@ -125,7 +127,20 @@ class Mover:
     # --- moving ---
 
     async def move_shard(self, data: bytes, _context: Context) -> bytes:
+        """After a refusal the records are read again: the shard may be where it was to go, or changed hands."""
         request = parse(pb.MoveShardRequest, data)
+        for _ in range(1 if request.passed_on else MOVE_ATTEMPTS):
+            try:
+                moved = await self._move(request)
+            except Refused as refused:
+                if refused.reason not in (common_pb2.ERROR_REASON_NOT_OWNER, common_pb2.ERROR_REASON_UNAVAILABLE):
+                    raise
+                failure = refused
+            else:
+                return pb.MoveShardResponse(from_broker_id=moved.source, paused_s=moved.paused_s).SerializeToString()
+        raise failure
+
+    async def _move(self, request: pb.MoveShardRequest) -> Moved:
         target = self._target(request.to_broker_id)
         metadata = await self._records.shard(request.shard_id)
         if metadata is None:
@@ -133,17 +148,15 @@ class Mover:
         owner = metadata.record.owner
         source = None if owner is None else self._view.living(owner)
         if source is not None and source.owner == target.owner:
-            moved = Moved(source.owner.broker_id)
-        elif source is not None and source.owner == self._ownership.session:
-            moved = await self.give(await self._served.open(request.shard_id), target, request.reason)
-        elif source is None and target.owner == self._ownership.session:
-            await self._served.open_claimed(await self._ownership.claim(request.shard_id, preferred_or_not=True))
-            moved = Moved("")
-        elif request.passed_on:
+            return Moved(source.owner.broker_id)
+        if source is not None and source.owner == self._ownership.session:
+            return await self.give(await self._served.open(request.shard_id), target, request.reason)
+        if source is None and target.owner == self._ownership.session:
+            await self._served.take(request.shard_id)
+            return Moved("")
+        if request.passed_on:
             raise not_owner(request.shard_id, "" if source is None else source.address)
-        else:
-            moved = await self._moved_by_another(request, source or target, metadata.record, target)
-        return pb.MoveShardResponse(from_broker_id=moved.source, paused_s=moved.paused_s).SerializeToString()
+        return await self._moved_by_another(request, source or target, metadata.record, target)
 
     def _target(self, broker_id: str) -> LiveBroker:
         found = next((broker for broker in self._view.brokers() if broker.owner.broker_id == broker_id), None)

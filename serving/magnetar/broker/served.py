@@ -190,13 +190,20 @@ class ServedShards:
             self._metrics.shard_load_failures.inc()
             log.warning("shard could not be opened", shard=shard_id, problem=str(error))
 
-    async def _load(self, shard_id: int) -> ServedShard:
+    async def take(self, shard_id: int) -> ServedShard:
+        """As `open`, also if another broker should serve the shard: somebody wants it to be here."""
+        await self.loaded(shard_id)
+        if self._served.get(shard_id) is None and not self.loading(shard_id):
+            self._begin_load(shard_id, self._load(shard_id, preferred_or_not=True))
+        return await self.open(shard_id)
+
+    async def _load(self, shard_id: int, *, preferred_or_not: bool = False) -> ServedShard:
         async with self._load_slots:
-            return await self.open_claimed(await self._ownership.claim(shard_id))
+            return await self._open_claimed(await self._ownership.claim(shard_id, preferred_or_not=preferred_or_not))
 
     async def _receive(self, arrival: Expected) -> ServedShard:
         metadata, arrived = await arrival()
-        shard = await self.open_claimed(metadata, arrived)
+        shard = await self._open_claimed(metadata, arrived)
         if arrived is not None:
             self._on_received(shard)
         return shard
@@ -210,8 +217,7 @@ class ServedShards:
         except NotEnoughBookies:
             return None
 
-    async def open_claimed(self, metadata: ShardMetadata, arrived: Arrival | None = None) -> ServedShard:
-        """Serves a shard that is this broker's. Raises Refused, MetadataUnavailable."""
+    async def _open_claimed(self, metadata: ShardMetadata, arrived: Arrival | None = None) -> ServedShard:
         try:
             await self._topics.get(metadata.record.topic)
         except Refused:
