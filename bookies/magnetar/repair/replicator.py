@@ -34,6 +34,7 @@ from magnetar.repair.metrics import RepairMetrics
 from magnetar.repair.throttle import Throttle
 
 COPIES_AT_ONCE = 2
+UNREPLICATED_REST_US = 10_000_000
 RETRY_FIRST_S = 0.5
 RETRY_MAX_S = 30.0
 LOOK_AGAIN_S = 0.25
@@ -144,6 +145,8 @@ class Replicator:
         # The end of one copy of a ledger is what the next one waits for.
         for waiting in [key for key in self._pauses if key[0] == parsed[0]]:
             del self._pauses[waiting]
+        if item is not None and self._tasks[parsed].target == self._bookie_id:
+            self._let_rest(parsed, self._tasks[parsed])
 
     def _settings_listed(self, items: Sequence[KeyValue]) -> None:
         self._set(decode_repair(items[0].value) if items else RepairSettings())
@@ -203,6 +206,13 @@ class Replicator:
     def _may_begin(self, key: Key, now: float) -> bool:
         pause = self._pauses.get(key)
         return pause is None or pause.until <= now
+
+    def _let_rest(self, key: Key, task: CopyTask) -> None:
+        """A takeover closes many ledgers at once, and slow members often catch up: neither is the time for copies."""
+        rest_us = task.created_us + UNREPLICATED_REST_US - self._now_us()
+        if task.reason is CopyReason.UNREPLICATED and rest_us > 0:
+            until = self._now() + min(rest_us, UNREPLICATED_REST_US) / 1e6
+            self._pauses[key] = _Pause(until, RETRY_FIRST_S)
 
     def _until_next_pause_ends(self) -> float | None:
         times = [pause.until for key, pause in self._pauses.items() if key not in self._running]

@@ -29,6 +29,7 @@ from magnetar.broker.cluster_view import ClusterView
 from magnetar.broker.consume import consume
 from magnetar.broker.greeting import greet
 from magnetar.broker.layout import shard_of
+from magnetar.broker.leaving import LeavingBookies
 from magnetar.broker.members import Members
 from magnetar.broker.metrics import BrokerMetrics
 from magnetar.broker.ownership import Ownership
@@ -149,6 +150,7 @@ class Broker:
         self._resolver = Resolver(self.topics, self.ownership, self._owner_address, self._broker_addresses)
         self.peers = peers
         self._members = Members(store, keyspace)
+        self._leaving = LeavingBookies(store, keyspace)
         self._admin = Admin(self, store, keyspace, bookies, now_us, rng)
         self._openings = itertools.count(1)
         self._streams = 0
@@ -168,6 +170,7 @@ class Broker:
         await self.ownership.register(BrokerRegistration(self.settings.id, self.address, _version(), http_address))
         await self.view.start()
         await self.topics.start()
+        await self._leaving.start()
         self._serving = True
         self._spawn(self._trim_loop, "trim")
         self._spawn(self._forget_loop, "forget producers")
@@ -190,6 +193,7 @@ class Broker:
             await self._server.stop(STOP_GRACE_S)
         await self.ownership.close()
         await self.topics.close()
+        await self._leaving.close()
         await self.view.close()
         await self.peers.close()
 
@@ -442,7 +446,7 @@ class Broker:
     async def _trim_loop(self) -> None:
         while True:
             await asyncio.sleep(self.settings.trim_interval_s)
-            await self.served.trim()
+            await self.served.trim(self._leaving.bookies())
 
     async def _doubt_loop(self) -> None:
         """Without a session this broker may have been replaced without hearing of it."""
