@@ -75,8 +75,8 @@ class Findings:
         problems = _limited(
             [
                 f"bookie {bookie} has no session and {ledgers} ledgers name it: start it again, or leave it: repair "
-                "makes its part anew on others, `magnetar cluster repair` shows how; if its disk is lost and there is no "
-                f"spare, start it with an empty directory and --repair-bookie {bookie}"
+                "makes its part anew on others, see `magnetar cluster repair`; if its disk is lost, without a spare, "
+                f"start it with an empty directory and --repair-bookie {bookie}"
                 for bookie, ledgers in sorted(self.lost_bookies.items())
             ],
             "bookies",
