@@ -6,7 +6,7 @@ PROTO_VENV := .venv-proto
 PROTO_FILES := $(wildcard proto/magnetar/v1/*.proto proto/magnetar/etcd/*.proto)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test cluster-test sim soak takeover hand-off check proto proto-check deploy-check clean
+.PHONY: help demo test cluster-test sim soak takeover hand-off repair check proto proto-check deploy-check clean
 
 help: ## List the recipes
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -33,6 +33,9 @@ takeover: $(VENV)/.dev ## How long it takes until a thousand topics of a killed 
 
 hand-off: $(VENV)/.dev ## How long publishing pauses when a busy topic moves between living brokers, 500 times
 	$(BIN)/python tests/performance/hand_off.py
+
+repair: $(VENV)/.dev ## How long a lost bookie's part takes to be made anew, and what publishers notice: SIZE=5GB
+	$(BIN)/python tests/performance/repair.py --size $(or $(SIZE),5GB)
 
 check: $(VENV)/.dev proto-check deploy-check ## Linters, types, contracts
 	$(BIN)/ruff check .

@@ -17,6 +17,7 @@ from magnetar.bookie.metrics import BookieMetrics
 from magnetar.broker.metrics import BrokerMetrics
 from magnetar.ledger.metrics import LedgerMetrics
 from magnetar.metadata.server.metrics import ServerMetrics
+from magnetar.repair.metrics import RepairMetrics
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
 RULES: dict[str, Any] = yaml.safe_load((DEPLOY / "prometheus/alerts.yaml").read_text())
@@ -34,6 +35,7 @@ def metrics_of_all_roles() -> dict[str, set[str]]:
     BrokerMetrics(registry)
     LedgerMetrics.of(registry)
     ServerMetrics(registry)
+    RepairMetrics.of(registry)
     series: dict[str, set[str]] = {}
     for collector in registry._collector_to_names:
         assert isinstance(collector, MetricWrapperBase)

@@ -16,6 +16,7 @@ from magnetar.cli.roles.process import SETTINGS
 from magnetar.cli.verbs import app
 from magnetar.ledger.metrics import LedgerMetrics
 from magnetar.metadata.server.metrics import ServerMetrics
+from magnetar.repair.metrics import RepairMetrics
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
 GUIDE = (DEPLOY / "OPERATIONS.md").read_text()
@@ -32,6 +33,7 @@ def metric_names() -> set[str]:
     BookieMetrics(registry, "bookie0")
     LedgerMetrics.of(registry)
     ServerMetrics(registry)
+    RepairMetrics.of(registry)
     names: set[str] = set()
     for family in registry.collect():
         names |= {family.name, f"{family.name}_total" if family.type == "counter" else f"{family.name}_count"}

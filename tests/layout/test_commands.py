@@ -16,7 +16,10 @@ import typer
 from magnetar.cli.verbs import app, run_command_line
 
 README = (Path(__file__).resolve().parents[2] / "README.md").read_text()
-MUTATING = {"create", "delete", "seek", "produce", "consume", "publish", "drain", "undrain"}
+MUTATING = {
+    "create", "delete", "seek", "produce", "consume", "publish",
+    "drain", "undrain", "decommission", "repair",
+}  # fmt: skip
 RUNS_A_ROLE = {"standalone", "metadata", "bookie", "broker"}
 """They are the cluster, and talk to none."""
 
@@ -43,6 +46,7 @@ def test_the_verbs_are_the_documented_ones() -> None:
         "standalone", "metadata", "bookie", "broker", "bookies list",
         "brokers list", "brokers drain", "brokers undrain",
         "produce", "consume", "bench publish", "cluster health", "ledgers list", "ledgers describe",
+        "bookies drain", "bookies undrain", "bookies decommission", "cluster repair",
         "topics create", "topics list", "topics describe", "topics delete",
         "subscriptions list", "subscriptions describe", "subscriptions seek", "subscriptions delete",
     }  # fmt: skip
@@ -100,6 +104,9 @@ def test_every_verb_speaks_json_and_those_of_a_cluster_take_its_address(path: tu
         (["consume", "t", "--subscription", "s", "--from", "noon"], "not a position: 'noon'"),
         (["subscriptions", "seek", "t", "s", "--to", "x"], "a message id such as 3:1200"),
         (["bench", "publish", "--local", "3"], "--local takes BOOKIES,BROKERS"),
+        (["cluster", "repair", "--throttle", "0"], "'0' would never end: give a rate above zero"),
+        (["cluster", "repair", "--delay", "-1"], "'--delay'"),
+        (["bookies", "drain"], "see magnetar bookies drain --help"),
         (["standalone", "--bookies", "10"], "'--bookies'"),
         (["standalone", "--data-dir", ""], "'--data-dir': names no directory"),
         (["bench", "publish", "--data-dir", ""], "'--data-dir': names no directory"),

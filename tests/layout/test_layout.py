@@ -17,8 +17,9 @@ TOP_LEVEL = {*SOURCE_ROOTS, "tests", "deploy"}
 
 PURE = (
     *(f"proto/magnetar/wire/{path.name}" for path in (ROOT / "proto/magnetar/wire").glob("*.py")),
-    "metadata/magnetar/metadata/records.py",
+    *(f"metadata/magnetar/metadata/{name}.py" for name in ("records", "copy_txns")),
     *(f"bookies/magnetar/ledger/{name}.py" for name in ("quorum", "writer", "recovery", "reads", "placement")),
+    *(f"bookies/magnetar/repair/{name}.py" for name in ("copying", "throttle", "audit")),
     *(f"serving/magnetar/managed_log/{name}.py" for name in ("chain", "cursor", "cache")),
     *(f"serving/magnetar/broker/{name}.py" for name in ("dispatch", "redelivery", "dedup", "flow", "layout")),
     *(f"serving/magnetar/broker/{name}.py" for name in ("hand_off", "loads", "balancer")),

@@ -18,15 +18,19 @@ brokers/<broker>                    BrokerRegistration, leased  the broker      
 bookies/<bookie>                    BookieRegistration, leased  the bookie                          with its session
 cookies/<bookie>                    Cookie                      the bookie, at its first start      decommissioned
 owned/<broker>/<session>/<shard>    the claim's random mark     who changes the shard's owner       with the ownership
-drains/<broker>                     empty: it is to have none   any broker that is asked to         undrained
+drains/brokers/<broker>             empty: it is to have none   any broker that is asked to         undrained
 elections/<name>                    leader's name, leased       a candidate that finds it absent    with its lease
+copies/<ledger>/<place>             CopyTask                    who closes it; the auditor, CAS     done, or not needed
+drains/bookies/<bookie>             Drain                       any broker, for an operator, CAS    undrained, removed
+losses/<bookie>                     Loss                        the auditor, CAS                    it is back, removed
+repair                              RepairSettings              any broker, for an operator, CAS    never
 """
 
 from __future__ import annotations
 
 from enum import Enum
 
-from magnetar.metadata.records import Owner
+from magnetar.metadata.records import VACANT, Owner
 
 COUNTER_SHARD = "shard"
 COUNTER_LEDGER = "ledger"
@@ -36,6 +40,8 @@ CLUSTERS_PREFIX = "/magnetar/"
 NUMBER_MAX = (1 << 64) - 1
 NAME = "*"
 NUMBER = "#"
+VACANT_PLACE = "-"
+"""Stands in the key of a copy for a vacant place; ids of bookies begin with a letter or a digit."""
 _NUMBER_DIGITS = 16
 _NUMBER_ALPHABET = frozenset("0123456789abcdef")
 
@@ -61,8 +67,12 @@ class KeyKind(Enum):
     BOOKIE = ("bookies", NAME)
     COOKIE = ("cookies", NAME)
     OWNED = ("owned", NAME, NUMBER, NUMBER)
-    DRAIN = ("drains", NAME)
+    BROKER_DRAIN = ("drains", "brokers", NAME)
     ELECTION = ("elections", NAME)
+    COPY = ("copies", NUMBER, NAME)
+    BOOKIE_DRAIN = ("drains", "bookies", NAME)
+    LOSS = ("losses", NAME)
+    REPAIR = ("repair",)
 
 
 def number(value: int) -> str:
@@ -176,6 +186,40 @@ class Keyspace:
     def parse_election(self, key: str) -> str:
         return self._names(KeyKind.ELECTION, key)[0]
 
+    # Copies that are to be made, and what makes them necessary.
+
+    def copy(self, ledger_id: int, place: str) -> str:
+        return self._key(KeyKind.COPY, ledger_id, VACANT_PLACE if place == VACANT else place)
+
+    def copies_prefix(self, ledger_id: int | None = None) -> str:
+        return self._prefix(KeyKind.COPY, *(() if ledger_id is None else (ledger_id,)))
+
+    def parse_copy(self, key: str) -> tuple[int, str]:
+        """(ledger, place)"""
+        place = self._names(KeyKind.COPY, key)[0]
+        return self._numbers(KeyKind.COPY, key)[0], VACANT if place == VACANT_PLACE else place
+
+    def bookie_drain(self, bookie_id: str) -> str:
+        return self._key(KeyKind.BOOKIE_DRAIN, bookie_id)
+
+    def bookie_drains_prefix(self) -> str:
+        return self._prefix(KeyKind.BOOKIE_DRAIN)
+
+    def parse_bookie_drain(self, key: str) -> str:
+        return self._names(KeyKind.BOOKIE_DRAIN, key)[0]
+
+    def loss(self, bookie_id: str) -> str:
+        return self._key(KeyKind.LOSS, bookie_id)
+
+    def losses_prefix(self) -> str:
+        return self._prefix(KeyKind.LOSS)
+
+    def parse_loss(self, key: str) -> str:
+        return self._names(KeyKind.LOSS, key)[0]
+
+    def repair(self) -> str:
+        return self._key(KeyKind.REPAIR)
+
     # Topics. `topic` is always tenant/namespace/topic.
 
     def topic(self, topic: str) -> str:
@@ -273,15 +317,15 @@ class Keyspace:
     def parse_broker(self, key: str) -> str:
         return self._names(KeyKind.BROKER, key)[0]
 
-    def drain(self, broker_id: str) -> str:
+    def broker_drain(self, broker_id: str) -> str:
         """The wish that this broker has no shards."""
-        return self._key(KeyKind.DRAIN, broker_id)
+        return self._key(KeyKind.BROKER_DRAIN, broker_id)
 
-    def drains_prefix(self) -> str:
-        return self._prefix(KeyKind.DRAIN)
+    def broker_drains_prefix(self) -> str:
+        return self._prefix(KeyKind.BROKER_DRAIN)
 
-    def parse_drain(self, key: str) -> str:
-        return self._names(KeyKind.DRAIN, key)[0]
+    def parse_broker_drain(self, key: str) -> str:
+        return self._names(KeyKind.BROKER_DRAIN, key)[0]
 
     def bookie(self, bookie_id: str) -> str:
         return self._key(KeyKind.BOOKIE, bookie_id)

@@ -24,6 +24,7 @@ import structlog
 from prometheus_client import CollectorRegistry
 
 from magnetar.broker.admin import Admin
+from magnetar.broker.admin_storage import StorageAdmin
 from magnetar.broker.budget import ByteBudget
 from magnetar.broker.cluster_view import ClusterView
 from magnetar.broker.consume import consume
@@ -31,6 +32,7 @@ from magnetar.broker.describe import Records
 from magnetar.broker.drainer import Drainer
 from magnetar.broker.greeting import greet
 from magnetar.broker.layout import shard_of
+from magnetar.broker.leaving import LeavingBookies
 from magnetar.broker.members import Members
 from magnetar.broker.metrics import BrokerMetrics
 from magnetar.broker.mover import Mover
@@ -172,6 +174,8 @@ class Broker:
         self.peers = peers
         self._members = Members(store, keyspace)
         self._make_movers(store, keyspace, rng)
+        self._storage = StorageAdmin(store, keyspace, settings.write_quorum, now_us)
+        self._leaving = LeavingBookies(store, keyspace)
         self._admin = Admin(self, store, keyspace, bookies, now_us, rng)
         self._openings = itertools.count(1)
         self._streams = 0
@@ -211,6 +215,7 @@ class Broker:
         await self.ownership.register(BrokerRegistration(self.settings.id, self.address, _version(), http_address))
         await self.view.start()
         await self.topics.start()
+        await self._leaving.start()
         self._serving = True
         self._spawn(self._trim_loop, "trim")
         self._spawn(self._forget_loop, "forget producers")
@@ -239,6 +244,7 @@ class Broker:
             await self._server.stop(STOP_GRACE_S)
         await self.ownership.close()
         await self.topics.close()
+        await self._leaving.close()
         await self.view.close()
         await self.peers.close()
 
@@ -345,7 +351,8 @@ class Broker:
             "Produce": self._streaming("produce", self._produce),
             "Consume": self._streaming("consume", self._consume),
         }
-        methods = {**admin.methods(), **self._members.methods(), **self._mover.methods(), **self._rebalancing.methods()}
+        methods = {**admin.methods(), **self._members.methods(), **self._storage.methods()}
+        methods |= {**self._mover.methods(), **self._rebalancing.methods()}
         admin_methods = {name: self._unary(self._administering(method)) for name, method in methods.items()}
         admin_methods |= self._mover.methods_of_a_stopping_broker()
         return [
@@ -529,7 +536,7 @@ class Broker:
     async def _trim_loop(self) -> None:
         while True:
             await asyncio.sleep(self.settings.trim_interval_s)
-            await self.served.trim()
+            await self.served.trim(self._leaving.bookies())
 
     async def _doubt_loop(self) -> None:
         """Without a session this broker may have been replaced without hearing of it."""

@@ -6,9 +6,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from magnetar.broker.follow import Follower
 from magnetar.broker.layout import preferred_broker
 from magnetar.metadata.codec import decode_broker
+from magnetar.metadata.follow import Follower
 from magnetar.metadata.keyspace import Keyspace
 from magnetar.metadata.records import Owner
 from magnetar.metadata.store import Change, KeyValue, MetadataStore
@@ -36,7 +36,7 @@ class ClusterView:
         self._broker_callbacks: list[Callable[[], None]] = []
         self._followers = (
             Follower(store, keyspace.brokers_prefix(), self._brokers_listed, self._brokers_changed),
-            Follower(store, keyspace.drains_prefix(), self._drains_listed, self._drains_changed),
+            Follower(store, keyspace.broker_drains_prefix(), self._drains_listed, self._drains_changed),
             Follower(store, keyspace.owned_prefix(), self._owned_listed, self._owned_changed),
         )
 
@@ -130,12 +130,12 @@ class ClusterView:
         self._tell_owners_changed(touched)
 
     def _drains_listed(self, keys: Sequence[KeyValue]) -> None:
-        self._drained = {self._keyspace.parse_drain(key.key) for key in keys}
+        self._drained = {self._keyspace.parse_broker_drain(key.key) for key in keys}
         self._tell_brokers_changed()
 
     def _drains_changed(self, changes: Sequence[Change]) -> None:
         for change in changes:
-            broker_id = self._keyspace.parse_drain(change.key)
+            broker_id = self._keyspace.parse_broker_drain(change.key)
             (self._drained.discard if change.current is None else self._drained.add)(broker_id)
         self._tell_brokers_changed()
 

@@ -74,7 +74,7 @@ class Members:
             if isinstance(record, ShardRecord) and record.owner == owner:
                 shares[preferred_broker(record.shard_id, others) or ""] += 1
         if not request.dry_run:
-            await self._store.txn([], [Put(self._keyspace.drain(request.broker_id), b"")])
+            await self._store.txn([], [Put(self._keyspace.broker_drain(request.broker_id), b"")])
         parts = [pb.BrokerShare(broker_id=name, shards=shares[name]) for name in sorted(shares)]
         return pb.DrainBrokerResponse(shards=shares.total(), shares=parts).SerializeToString()
 
@@ -84,7 +84,7 @@ class Members:
         if not was_draining:
             _known(await self._brokers(), request.broker_id)
         elif not request.dry_run:
-            await self._store.txn([], [Delete(self._keyspace.drain(request.broker_id))])
+            await self._store.txn([], [Delete(self._keyspace.broker_drain(request.broker_id))])
         return pb.UndrainBrokerResponse(was_draining=was_draining).SerializeToString()
 
     async def _brokers(self) -> dict[str, tuple[Owner, BrokerRegistration]]:
@@ -96,7 +96,8 @@ class Members:
 
     async def _drained(self) -> set[str]:
         return {
-            self._keyspace.parse_drain(item.key) async for item in self._records.under(self._keyspace.drains_prefix())
+            self._keyspace.parse_broker_drain(item.key)
+            async for item in self._records.under(self._keyspace.broker_drains_prefix())
         }
 
     async def list_bookies(self, data: bytes, _context: Context) -> bytes:
@@ -116,7 +117,22 @@ class Members:
         response = pb.ListBookiesResponse(
             bookies=[_bookie(one, living.get(one), ledgers[one], held[one]) for one in sorted(known | set(ledgers))]
         )
+        await self._add_moves(response)
         return response.SerializeToString()
+
+    async def _add_moves(self, response: pb.ListBookiesResponse) -> None:
+        """Who is draining, and how many copies of each one's parts are to be made."""
+        drains = {
+            self._keyspace.parse_bookie_drain(i.key)
+            async for i in self._records.under(self._keyspace.bookie_drains_prefix())
+        }
+        places = [
+            self._keyspace.parse_copy(i.key)[1] async for i in self._records.under(self._keyspace.copies_prefix())
+        ]
+        copies = Counter(places)
+        for bookie in response.bookies:
+            bookie.draining = bookie.bookie_id in drains
+            bookie.copies = copies[bookie.bookie_id]
 
 
 def bytes_held(record: LedgerRecord) -> dict[str, int]:
