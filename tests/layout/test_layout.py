@@ -18,6 +18,7 @@ TOP_LEVEL = {*SOURCE_ROOTS, "tests", "deploy"}
 PURE = (
     *(f"proto/magnetar/wire/{path.name}" for path in (ROOT / "proto/magnetar/wire").glob("*.py")),
     "metadata/magnetar/metadata/records.py",
+    "bookies/magnetar/repair/planner.py",
     *(f"bookies/magnetar/ledger/{name}.py" for name in ("quorum", "writer", "recovery", "reads", "placement")),
     *(f"serving/magnetar/managed_log/{name}.py" for name in ("chain", "cursor", "cache")),
     *(f"serving/magnetar/broker/{name}.py" for name in ("dispatch", "redelivery", "dedup", "flow", "layout")),

@@ -132,6 +132,21 @@ class LedgerRecord:
         """Every bookie that any fragment names."""
         return frozenset(b for fragment in self.fragments for b in fragment.bookies if b != VACANT)
 
+    def bytes_held(self) -> dict[str, int]:
+        """What each bookie holds when CLOSED: of each fragment its part of the entries, as large as the average."""
+        if self.state is not LedgerState.CLOSED or self.last_entry == NO_ENTRY:
+            return {}
+        held: dict[str, int] = {}
+        end_entry = self.last_entry + 1
+        ends = [*(fragment.first_entry for fragment in self.fragments[1:]), end_entry]
+        for fragment, end in zip(self.fragments, ends, strict=True):
+            entries = max(0, min(end, end_entry) - fragment.first_entry)
+            share = self.length * entries * self.write_quorum // (len(fragment.bookies) * end_entry)
+            for bookie in fragment.bookies:
+                if bookie != VACANT:
+                    held[bookie] = held.get(bookie, 0) + share
+        return held
+
     def with_state(self, state: LedgerState, epoch: int | None = None) -> LedgerRecord:
         return replace(self, state=state, epoch=self.epoch if epoch is None else epoch)
 
