@@ -45,6 +45,18 @@ class BookieState(Enum):
     DRAINING = 3
 
 
+class CopyReason(Enum):
+    """Why a copy of a closed ledger is to be made."""
+
+    UNREPLICATED = 1
+    """A member missed entries when the ledger was closed, or a place is vacant."""
+    LOST = 2
+    DRAINING = 3
+    REBALANCE = 4
+    SCRUB = 5
+    """A member's entries are damaged."""
+
+
 @dataclass(frozen=True, slots=True)
 class Owner:
     """A broker's session: the registration key `brokers/<broker_id>` as created at revision `session`."""
@@ -108,8 +120,19 @@ class Fragment:
 
 
 @dataclass(frozen=True, slots=True)
+class CopyClaim:
+    """A copy that is being made: `target` may store entries of the ledger, and is to replace `replaces` (VACANT: to
+    fill a place that nobody fills). `mark` is random: it tells whose claim this is."""
+
+    target: str
+    replaces: str
+    mark: bytes
+    since_us: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class LedgerRecord:
-    """A ledger. last_entry and length (payload bytes of all entries) are meaningful when CLOSED."""
+    """A ledger. last_entry and length (payload bytes of all entries) are meaningful when CLOSED; `copy` only then."""
 
     ledger_id: int
     shard_id: int
@@ -123,6 +146,7 @@ class LedgerRecord:
     last_entry: int = NO_ENTRY
     length: int = 0
     created_us: int = 0
+    copy: CopyClaim | None = None
 
     @property
     def ensemble_size(self) -> int:
@@ -131,6 +155,10 @@ class LedgerRecord:
     def bookies(self) -> frozenset[str]:
         """Every bookie that any fragment names."""
         return frozenset(b for fragment in self.fragments for b in fragment.bookies if b != VACANT)
+
+    def roles(self) -> frozenset[str]:
+        """Every bookie on which entries may stand: those that the index names. A claim's target counts for no copy."""
+        return self.bookies() if self.copy is None else self.bookies() | {self.copy.target}
 
     def with_state(self, state: LedgerState, epoch: int | None = None) -> LedgerRecord:
         return replace(self, state=state, epoch=self.epoch if epoch is None else epoch)
@@ -218,3 +246,61 @@ class Cookie:
     instance_id: str
     cluster: str
     directory_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class CopyTask:
+    """A copy of a closed ledger that is to be made. Any place that it is to be made for has at most one.
+
+    place         the bookie whose part is meant; VACANT: a place that nobody fills
+    target        "" = not assigned yet; `place` itself = it is to complete what it misses; else it takes over the part
+    operation     of the rebalancing it belongs to
+    first_entry..last_entry   what the place is known to miss or to hold damaged; empty if last_entry is the lower
+    problem       why it does not go on, in words; empty while it does
+    """
+
+    ledger_id: int
+    place: str
+    target: str
+    reason: CopyReason
+    operation: str = ""
+    first_entry: int = 0
+    last_entry: int = NO_ENTRY
+    created_us: int = 0
+    problem: str = ""
+
+    @property
+    def completes(self) -> bool:
+        """The target keeps its part and gets what it misses."""
+        return self.target != "" and self.target == self.place
+
+
+@dataclass(frozen=True, slots=True)
+class Drain:
+    """An operator's wish: the bookie takes no new ledgers, and what stands on it moves away."""
+
+    bookie_id: str
+    since_us: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """A bookie without a session since a time. `given_up`: it was waited for long enough, its part is made anew."""
+
+    bookie_id: str
+    since_us: int
+    given_up: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class RepairSettings:
+    """How the cluster repairs itself. The defaults hold while nobody has written others.
+
+    enabled       off: nothing new is begun, for maintenance
+    delay_s       how long a single lost bookie is waited for
+    bytes_per_s   at which each bookie takes copies, all together
+    """
+
+    enabled: bool = True
+    delay_s: float = 60.0
+    bytes_per_s: int = 32 << 20
