@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from magnetar.bookie.metrics import BookieMetrics
 from magnetar.ledger.bookie_rpc import AddStatus, EntryOutcome
 from magnetar.metadata.codec import encode_ledger
 from magnetar.metadata.keyspace import Keyspace
-from magnetar.metadata.records import Fragment, LedgerPurpose, LedgerRecord, LedgerState
+from magnetar.metadata.records import CopyClaim, Fragment, LedgerPurpose, LedgerRecord, LedgerState
 from magnetar.metadata.store import Delete, MetadataStore, MetadataUnavailable, Operation, Put, RangeResult
 
 ME = "bookie0"
@@ -45,9 +46,13 @@ class Records:
         self.metadata = metadata
         self.keyspace = keyspace
 
-    async def put(self, ledger_id: int, *bookies: str, closed: bool = False, index: bool = True) -> None:
+    async def put(
+        self, ledger_id: int, *bookies: str, closed: bool = False, index: bool = True, target: str = ""
+    ) -> None:
+        """`target`: of a copy that is claimed, without its index key."""
         keys = self.keyspace
-        value = encode_ledger(record(ledger_id, *bookies, state=LedgerState.CLOSED if closed else LedgerState.OPEN))
+        ledger = record(ledger_id, *bookies, state=LedgerState.CLOSED if closed else LedgerState.OPEN)
+        value = encode_ledger(replace(ledger, copy=CopyClaim(target, bookies[0], b"mark") if target else None))
         places = [keys.ledger(ledger_id), keys.shard_ledger(SHARD, ledger_id)]
         here, there = places if closed else places[::-1]
         operations: list[Operation] = [Put(here, value), Delete(there)]
@@ -75,7 +80,7 @@ async def test_ledgers_that_no_record_gives_to_this_bookie_are_deleted_and_no_ot
 ) -> None:
     bookie = await bookies.start()
     local = bookie.local()
-    for ledger_id in range(1, 9):
+    for ledger_id in range(1, 10):
         await local.add(writer(ledger_id).add(0, 1))
     await records.put(1, ME, "b", "c")
     await records.put(2, "a", ME, "c", closed=True)
@@ -83,9 +88,11 @@ async def test_ledgers_that_no_record_gives_to_this_bookie_are_deleted_and_no_ot
     await records.put(4, "a", "b", "c", closed=True)
     await records.put(5, ME, closed=True, index=False)
     await records.put(6, ME, index=False)
+    await records.put(9, "a", "b", "c", closed=True, target=ME)
     done = await bookie.collector.collect()
     assert done.deleted == (4, 7, 8)
-    assert await stored_ids(bookie) == [1, 2, 3, 5, 6], "a recovery may write to a spare of an open ledger"
+    kept = [1, 2, 3, 5, 6, 9]
+    assert await stored_ids(bookie) == kept, "a recovery writes to a spare of an open ledger, a copy to its target"
     for ledger_id in (4, 7):
         read = await local.read(writer(ledger_id).read(0, 0))
         assert read.answers[0].outcome is EntryOutcome.UNKNOWN

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import pytest
@@ -19,13 +19,19 @@ from magnetar.metadata.records import (
     BookieState,
     BrokerRegistration,
     Cookie,
+    CopyClaim,
+    CopyReason,
+    CopyTask,
+    Drain,
     Fragment,
     LayoutShard,
     LedgerPurpose,
     LedgerRecord,
     LedgerState,
+    Loss,
     Owner,
     ProducerRecord,
+    RepairSettings,
     Segment,
     ShardRecord,
     ShardState,
@@ -48,6 +54,9 @@ def tuples(strategy: st.SearchStrategy[Any]) -> st.SearchStrategy[tuple[Any, ...
 
 
 SEGMENTS = st.builds(Segment, ID, U64, I64, U64, U64)
+LAST_ENTRIES = st.integers(-1, (1 << 63) - 1)
+CLAIMS = st.builds(CopyClaim, NAME, TEXT, st.binary(min_size=1, max_size=6), I64)
+COPIES = st.builds(CopyTask, ID, TEXT, TEXT, st.sampled_from(CopyReason), TEXT, U64, LAST_ENTRIES, I64, TEXT)
 
 
 @st.composite
@@ -91,9 +100,10 @@ def ledgers(draw: st.DrawFn) -> LedgerRecord:
         write_quorum=write,
         ack_quorum=draw(st.integers(1, write)),
         fragments=tuple(Fragment(start, draw(ensembles)) for start in starts),
-        last_entry=draw(st.integers(-1, (1 << 63) - 1)),
+        last_entry=draw(LAST_ENTRIES),
         length=draw(U64),
         created_us=draw(I64),
+        copy=draw(st.none() | CLAIMS),
     )
 
 
@@ -115,6 +125,10 @@ CODECS: dict[str, st.SearchStrategy[Any]] = {
     "bookie": st.builds(BookieRegistration, NAME, TEXT, TEXT, st.sampled_from(BookieState), U64, U64, U64, TEXT, TEXT),
     "broker": st.builds(BrokerRegistration, NAME, TEXT, TEXT, TEXT, st.booleans()),
     "cookie": st.builds(Cookie, NAME, NAME, NAME, NAME),
+    "copy": COPIES,
+    "drain": st.builds(Drain, NAME, I64),
+    "loss": st.builds(Loss, NAME, I64, st.booleans()),
+    "repair": st.builds(RepairSettings, st.booleans(), st.floats(0, 1e9), ID),
     "counter": st.integers(1, (1 << 64) - 1),
     "text": NAME,
 }
@@ -127,7 +141,7 @@ def functions(name: str) -> tuple[Callable[[Any], bytes], Callable[[bytes], Any]
 def test_every_codec_is_in_this_test() -> None:
     names = {name.split("_", 1)[1] for name in vars(codec) if name.startswith(("encode_", "decode_"))}
     assert names == set(CODECS)
-    parts = {"Owner", "Segment", "Fragment", "LayoutShard", "AtOffset", "AtTime"}
+    parts = {"Owner", "Segment", "Fragment", "CopyClaim", "LayoutShard", "AtOffset", "AtTime"}
     kinds = {name for name, value in vars(records).items() if is_dataclass(value)} - parts
     assert len(kinds) == len(set(CODECS) - {"page", "counter", "text"})
 
@@ -196,6 +210,7 @@ LEDGER = LedgerRecord(
     length=0,
     created_us=1_600_000_000_000_000,
 )
+CLAIMED = replace(LEDGER, copy=CopyClaim("b5", "b2", b"\x07\x08", 1_600_000_000_000_001))
 SHARD_BYTES = (
     "080712157075626c69632f64656661756c742f6f7264657273180120032a0c0a0862726f6b65722d31102a38ffff01420205"
     "0648e8075213080b10e807188080f9c0c1c4820320322880205205080c109a0858016002680d700e780f8201020102880180"
@@ -205,6 +220,7 @@ LEDGER_BYTES = (
     "080b10071802200328033210000102030405060708090a0b0c0d0e0f380340024a0a120262311202623212004a0e08091202"
     "62311202623412026233500160808090bd90e6eb02"
 )
+CLAIM_BYTES = "6a150a026235120262321a02070820818090bd90e6eb02"
 
 
 def test_the_stored_form_of_a_shard_does_not_change() -> None:
@@ -215,6 +231,8 @@ def test_the_stored_form_of_a_shard_does_not_change() -> None:
 def test_the_stored_form_of_a_ledger_does_not_change() -> None:
     assert codec.encode_ledger(LEDGER).hex() == LEDGER_BYTES
     assert codec.decode_ledger(bytes.fromhex(LEDGER_BYTES)) == LEDGER
+    assert codec.encode_ledger(CLAIMED).hex() == LEDGER_BYTES + CLAIM_BYTES
+    assert codec.decode_ledger(bytes.fromhex(LEDGER_BYTES + CLAIM_BYTES)) == CLAIMED
 
 
 def test_the_golden_records_set_every_field_but_defaults_that_mean_something() -> None:

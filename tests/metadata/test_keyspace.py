@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from magnetar.metadata.keyspace import NUMBER_MAX, KeyKind, Keyspace, UnknownKey
-from magnetar.metadata.records import Owner
+from magnetar.metadata.keyspace import NUMBER_MAX, VACANT_PLACE, KeyKind, Keyspace, UnknownKey
+from magnetar.metadata.records import VACANT, Owner
 
-NAMES = st.text(min_size=1, max_size=8).filter(lambda text: "/" not in text)
+NAMES = st.text(min_size=1, max_size=8).filter(lambda text: "/" not in text and text != VACANT_PLACE)
 NUMBERS = st.integers(0, NUMBER_MAX)
 TOPICS = st.tuples(NAMES, NAMES, NAMES).map("/".join)
 OWNERS = st.builds(Owner, NAMES, NUMBERS)
@@ -34,18 +34,25 @@ KINDS: dict[KeyKind, tuple[str, tuple[st.SearchStrategy[Any], ...]]] = {
     KeyKind.COOKIE: ("cookie", (NAMES,)),
     KeyKind.OWNED: ("owned", (OWNERS, NUMBERS)),
     KeyKind.ELECTION: ("election", (NAMES,)),
+    KeyKind.COPY: ("copy", (NUMBERS, NAMES)),
+    KeyKind.DRAIN: ("drain", (NAMES,)),
+    KeyKind.LOSS: ("loss", (NAMES,)),
 }
 
 KEYSPACE = Keyspace("c1")
 
 
 def test_every_kind_of_key_is_in_this_test_and_has_a_builder_and_a_parser() -> None:
-    assert {*KINDS, KeyKind.INSTANCE} == set(KeyKind)
+    assert {*KINDS, KeyKind.INSTANCE, KeyKind.REPAIR} == set(KeyKind)
     public = {name for name, _ in inspect.getmembers(Keyspace, inspect.isfunction) if not name.startswith("_")}
     builders = {name for name, _ in KINDS.values()}
     parsers = {f"parse_{name}" for name in builders}
     assert builders | parsers <= public
-    assert {name for name in public - builders - parsers if not name.endswith("_prefix")} == {"instance", "parse"}
+    assert {name for name in public - builders - parsers if not name.endswith("_prefix")} == {
+        "instance",
+        "parse",
+        "repair",
+    }
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -98,11 +105,17 @@ def test_no_name_can_reach_another_key(bad: str) -> None:
         lambda: KEYSPACE.owned(owner, 1),
         lambda: KEYSPACE.owned_prefix(owner),
         lambda: KEYSPACE.election(bad),
+        lambda: KEYSPACE.drain(bad),
+        lambda: KEYSPACE.loss(bad),
         lambda: KEYSPACE.subscriptions_prefix(f"t/{bad}/topic"),
     ]
     for build in builders:
         with pytest.raises(ValueError, match=r"part of a key|full topic name"):
             build()
+
+
+def test_a_vacant_place_has_a_key_of_its_own() -> None:
+    assert KEYSPACE.parse_copy(KEYSPACE.copy(7, VACANT)) == (7, VACANT)
 
 
 @pytest.mark.parametrize("number", [-1, NUMBER_MAX + 1])
@@ -138,6 +151,10 @@ def test_prefixes_hold_their_keys_and_end_at_whole_parts() -> None:
         (KEYSPACE.owned_prefix(), KEYSPACE.owned(owner, 1)),
         (KEYSPACE.owned_prefix(broker_id="b"), KEYSPACE.owned(owner, 1)),
         (KEYSPACE.owned_prefix(owner), KEYSPACE.owned(owner, 1)),
+        (KEYSPACE.copies_prefix(), KEYSPACE.copy(2, "b")),
+        (KEYSPACE.copies_prefix(2), KEYSPACE.copy(2, VACANT)),
+        (KEYSPACE.drains_prefix(), KEYSPACE.drain("b")),
+        (KEYSPACE.losses_prefix(), KEYSPACE.loss("b")),
     ]
     for prefix, key in pairs:
         assert key.startswith(prefix)

@@ -10,11 +10,14 @@ from typing import Any
 
 import pytest
 
-from magnetar.metadata.codec import decode_ledger, decode_shard, encode_broker, encode_ledger
+from magnetar.metadata.codec import decode_copy, decode_ledger, decode_shard, encode_broker, encode_ledger
 from magnetar.metadata.keyspace import Keyspace
 from magnetar.metadata.memory import MemoryStore
 from magnetar.metadata.records import (
     BrokerRegistration,
+    CopyClaim,
+    CopyReason,
+    CopyTask,
     Fragment,
     LedgerPurpose,
     LedgerRecord,
@@ -451,6 +454,44 @@ async def repair(world: World, ledger_id: int, bookie_id: str) -> None:
     assert (await world.store.txn([unchanged(key, found.mod_revision)], operations)).succeeded
 
 
+async def test_deleting_a_ledger_that_is_being_copied_takes_the_claim_and_its_index_key(
+    world: World, ann: Owner
+) -> None:
+    shard = await world.owned(ann, ledger(1))
+    await shard.commit(ShardChange(shard.record, put_ledgers=(closed(shard.ledgers[1]),)))
+    known = await shard.closed_ledger(1)
+    assert known is not None
+    world.faulty.faults.append(world.faulty.before(lambda: claim(world, 1, "w")))
+    await shard.commit(ShardChange(replace(shard.record, segments=()), delete_ledgers=(known,)))
+    assert await world.index() == set()
+    assert await shard.closed_ledger(1) is None
+
+
+async def claim(world: World, ledger_id: int, target: str) -> None:
+    """Begins a copy of a closed ledger."""
+    key = world.keyspace.ledger(ledger_id)
+    found = await world.store.get(key)
+    assert found is not None
+    claimed = replace(decode_ledger(found.value), copy=CopyClaim(target, "x", b"mark"))
+    operations: list[Operation] = [
+        Put(key, encode_ledger(claimed)),
+        Put(world.keyspace.index(target, ledger_id), b""),
+    ]
+    assert (await world.store.txn([unchanged(key, found.mod_revision)], operations)).succeeded
+
+
+async def test_what_a_ledger_misses_is_written_with_its_close_and_only_with_it(world: World, ann: Owner) -> None:
+    shard = await world.owned(ann, ledger(1))
+    task = CopyTask(1, "x", "x", CopyReason.UNREPLICATED, first_entry=3, last_entry=5)
+    with pytest.raises(ValueError, match="only a ledger that is closed is copied"):
+        await shard.commit(ShardChange(shard.record, put_copies=(task,)))
+    change = ShardChange(shard.record, put_ledgers=(closed(shard.ledgers[1]),), put_copies=(task,))
+    await shard.commit(change)
+    found = await world.store.get(world.keyspace.copy(1, "x"))
+    assert found is not None
+    assert decode_copy(found.value) == task
+
+
 async def test_pages_are_written_and_deleted_with_the_record(world: World, ann: Owner) -> None:
     shard = await world.owned(ann)
     segments = (Segment(1, 0), Segment(2, 10))
@@ -588,11 +629,12 @@ async def test_a_change_whose_reply_is_lost_is_recognised(
     assert await world.stored_ledgers() == dict(shard.ledgers)
 
 
+@pytest.mark.parametrize("touch", [repair, claim])
 async def test_repair_may_touch_a_ledger_between_its_close_and_the_recognition_of_the_close(
-    world: World, ann: Owner
+    world: World, ann: Owner, touch: Callable[[World, int, str], Awaitable[None]]
 ) -> None:
     shard = await world.owned(ann, ledger(1))
-    world.faulty.faults.append(world.faulty.lose_reply_and(lambda: repair(world, 1, "w")))
+    world.faulty.faults.append(world.faulty.lose_reply_and(lambda: touch(world, 1, "w")))
     await shard.commit(roll(shard, 1, 2))
     assert set(shard.ledgers) == {2}
     assert (world.faulty.sent, world.faulty.applied) == (1, 1)

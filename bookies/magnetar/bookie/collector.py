@@ -149,7 +149,7 @@ class Collector:
         return self._keyspace.index_prefix(self._bookie_id)
 
     def _names_me(self, item: KeyValue) -> bool:
-        return self._bookie_id in decode_ledger(item.value).bookies()
+        return self._bookie_id in decode_ledger(item.value).roles()
 
     async def _delete(self, ledger_id: int, shard_id: int) -> bool:
         self.collecting.add(ledger_id)

@@ -6,6 +6,7 @@ DamagedRecord, never a guess. Unknown fields of a newer version are accepted and
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from enum import Enum
 from itertools import pairwise
@@ -22,13 +23,19 @@ from magnetar.metadata.records import (
     BookieState,
     BrokerRegistration,
     Cookie,
+    CopyClaim,
+    CopyReason,
+    CopyTask,
+    Drain,
     Fragment,
     LayoutShard,
     LedgerPurpose,
     LedgerRecord,
     LedgerState,
+    Loss,
     Owner,
     ProducerRecord,
+    RepairSettings,
     Segment,
     ShardRecord,
     ShardState,
@@ -181,6 +188,7 @@ def encode_ledger(record: LedgerRecord) -> bytes:
         last_entry=record.last_entry,
         length=record.length,
         created_us=record.created_us,
+        copy=None if record.copy is None else _claim_to_message(record.copy),
     ).SerializeToString(deterministic=True)
 
 
@@ -199,9 +207,19 @@ def decode_ledger(data: bytes) -> LedgerRecord:
         last_entry=message.last_entry,
         length=message.length,
         created_us=message.created_us,
+        copy=_claim_from_message(message.copy) if message.HasField("copy") else None,
     )
     _check_ledger(record)
     return record
+
+
+def _claim_to_message(claim: CopyClaim) -> pb.CopyClaim:
+    return pb.CopyClaim(target=claim.target, replaces=claim.replaces, mark=claim.mark, since_us=claim.since_us)
+
+
+def _claim_from_message(message: pb.CopyClaim) -> CopyClaim:
+    _check(message.target != "" and message.mark != b"", "CopyClaim", "no target or mark")
+    return CopyClaim(message.target, message.replaces, message.mark, message.since_us)
 
 
 def _check_ledger(record: LedgerRecord) -> None:
@@ -215,6 +233,74 @@ def _check_ledger(record: LedgerRecord) -> None:
     _check(ensemble_size >= record.write_quorum >= record.ack_quorum >= 1, kind, "quorums")
     starts = [f.first_entry for f in fragments]
     _check(all(a < b for a, b in pairwise(starts)), kind, "order of fragments")
+
+
+# Copies, and what makes them necessary.
+
+
+def encode_copy(task: CopyTask) -> bytes:
+    return pb.CopyTask(
+        ledger_id=task.ledger_id,
+        place=task.place,
+        target=task.target,
+        reason=cast("pb.CopyReason", task.reason.value),
+        operation=task.operation,
+        first_entry=task.first_entry,
+        last_entry=task.last_entry,
+        created_us=task.created_us,
+        problem=task.problem,
+    ).SerializeToString(deterministic=True)
+
+
+def decode_copy(data: bytes) -> CopyTask:
+    message = _parse(pb.CopyTask, data)
+    _check(message.ledger_id > 0, "CopyTask", "no ledger")
+    _check(message.last_entry >= NO_ENTRY, "CopyTask", "last entry")
+    return CopyTask(
+        ledger_id=message.ledger_id,
+        place=message.place,
+        target=message.target,
+        reason=_enum(CopyReason, message.reason),
+        operation=message.operation,
+        first_entry=message.first_entry,
+        last_entry=message.last_entry,
+        created_us=message.created_us,
+        problem=message.problem,
+    )
+
+
+def encode_drain(drain: Drain) -> bytes:
+    return pb.Drain(bookie_id=drain.bookie_id, since_us=drain.since_us).SerializeToString(deterministic=True)
+
+
+def decode_drain(data: bytes) -> Drain:
+    message = _parse(pb.Drain, data)
+    _check(message.bookie_id != "", "Drain", "no bookie")
+    return Drain(message.bookie_id, message.since_us)
+
+
+def encode_loss(loss: Loss) -> bytes:
+    message = pb.Loss(bookie_id=loss.bookie_id, since_us=loss.since_us, given_up=loss.given_up)
+    return message.SerializeToString(deterministic=True)
+
+
+def decode_loss(data: bytes) -> Loss:
+    message = _parse(pb.Loss, data)
+    _check(message.bookie_id != "", "Loss", "no bookie")
+    return Loss(message.bookie_id, message.since_us, message.given_up)
+
+
+def encode_repair(settings: RepairSettings) -> bytes:
+    return pb.RepairSettings(
+        enabled=settings.enabled, delay_s=settings.delay_s, bytes_per_s=settings.bytes_per_s
+    ).SerializeToString(deterministic=True)
+
+
+def decode_repair(data: bytes) -> RepairSettings:
+    message = _parse(pb.RepairSettings, data)
+    _check(0 <= message.delay_s < math.inf, "RepairSettings", "delay")
+    _check(message.bytes_per_s > 0, "RepairSettings", "rate")
+    return RepairSettings(message.enabled, message.delay_s, message.bytes_per_s)
 
 
 # Topics, subscriptions, producers.

@@ -19,13 +19,17 @@ bookies/<bookie>                    BookieRegistration, leased  the bookie      
 cookies/<bookie>                    Cookie                      the bookie, at its first start      decommissioned
 owned/<broker>/<session>/<shard>    the claim's random mark     who changes the shard's owner       with the ownership
 elections/<name>                    leader's name, leased       a candidate that finds it absent    with its lease
+copies/<ledger>/<place>             CopyTask                    closer of the ledger; auditor, CAS   done, or not needed
+drains/<bookie>                     Drain                       a broker for an operator, CAS       undrain; decommission
+losses/<bookie>                     Loss                        the auditor, CAS                    it is back; decommission
+repair                              RepairSettings              a broker for an operator, CAS       never
 """
 
 from __future__ import annotations
 
 from enum import Enum
 
-from magnetar.metadata.records import Owner
+from magnetar.metadata.records import VACANT, Owner
 
 COUNTER_SHARD = "shard"
 COUNTER_LEDGER = "ledger"
@@ -35,6 +39,8 @@ CLUSTERS_PREFIX = "/magnetar/"
 NUMBER_MAX = (1 << 64) - 1
 NAME = "*"
 NUMBER = "#"
+VACANT_PLACE = "-"
+"""Stands in the key of a copy for a vacant place; ids of bookies begin with a letter or a digit."""
 _NUMBER_DIGITS = 16
 _NUMBER_ALPHABET = frozenset("0123456789abcdef")
 
@@ -61,6 +67,10 @@ class KeyKind(Enum):
     COOKIE = ("cookies", NAME)
     OWNED = ("owned", NAME, NUMBER, NUMBER)
     ELECTION = ("elections", NAME)
+    COPY = ("copies", NUMBER, NAME)
+    DRAIN = ("drains", NAME)
+    LOSS = ("losses", NAME)
+    REPAIR = ("repair",)
 
 
 def number(value: int) -> str:
@@ -173,6 +183,40 @@ class Keyspace:
 
     def parse_election(self, key: str) -> str:
         return self._names(KeyKind.ELECTION, key)[0]
+
+    # Copies that are to be made, and what makes them necessary.
+
+    def copy(self, ledger_id: int, place: str) -> str:
+        return self._key(KeyKind.COPY, ledger_id, VACANT_PLACE if place == VACANT else place)
+
+    def copies_prefix(self, ledger_id: int | None = None) -> str:
+        return self._prefix(KeyKind.COPY, *(() if ledger_id is None else (ledger_id,)))
+
+    def parse_copy(self, key: str) -> tuple[int, str]:
+        """(ledger, place)"""
+        place = self._names(KeyKind.COPY, key)[0]
+        return self._numbers(KeyKind.COPY, key)[0], VACANT if place == VACANT_PLACE else place
+
+    def drain(self, bookie_id: str) -> str:
+        return self._key(KeyKind.DRAIN, bookie_id)
+
+    def drains_prefix(self) -> str:
+        return self._prefix(KeyKind.DRAIN)
+
+    def parse_drain(self, key: str) -> str:
+        return self._names(KeyKind.DRAIN, key)[0]
+
+    def loss(self, bookie_id: str) -> str:
+        return self._key(KeyKind.LOSS, bookie_id)
+
+    def losses_prefix(self) -> str:
+        return self._prefix(KeyKind.LOSS)
+
+    def parse_loss(self, key: str) -> str:
+        return self._names(KeyKind.LOSS, key)[0]
+
+    def repair(self) -> str:
+        return self._key(KeyKind.REPAIR)
 
     # Topics. `topic` is always tenant/namespace/topic.
 

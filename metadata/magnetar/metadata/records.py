@@ -45,6 +45,40 @@ class BookieState(Enum):
     DRAINING = 3
 
 
+class CopyReason(Enum):
+    """Why a copy of a closed ledger is to be made."""
+
+    UNREPLICATED = 1
+    """A member missed entries when the ledger was closed, or a place is vacant."""
+    LOST = 2
+    DRAINING = 3
+    REBALANCE = 4
+    SCRUB = 5
+    """A member's entries are damaged."""
+
+
+class Goal(Enum):
+    """What a rebalancing makes even: the bytes that bookies hold, or the number of copies of ledgers."""
+
+    BYTES = 1
+    SEGMENTS = 2
+
+
+class OperationState(Enum):
+    """RUNNING <-> PAUSED, and from both to one of the others, which are final."""
+
+    RUNNING = 1
+    PAUSED = 2
+    CANCELLED = 3
+    DONE = 4
+
+
+class MoveState(Enum):
+    PENDING = 1
+    DONE = 2
+    SKIPPED = 3
+
+
 @dataclass(frozen=True, slots=True)
 class Owner:
     """A broker's session: the registration key `brokers/<broker_id>` as created at revision `session`."""
@@ -108,8 +142,19 @@ class Fragment:
 
 
 @dataclass(frozen=True, slots=True)
+class CopyClaim:
+    """A copy that is being made: `target` may store entries of the ledger, and is to replace `replaces` (VACANT: to
+    fill a place that nobody fills). `mark` is random: it tells whose claim this is."""
+
+    target: str
+    replaces: str
+    mark: bytes
+    since_us: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class LedgerRecord:
-    """A ledger. last_entry and length (payload bytes of all entries) are meaningful when CLOSED."""
+    """A ledger. last_entry and length (payload bytes of all entries) are meaningful when CLOSED; `copy` only then."""
 
     ledger_id: int
     shard_id: int
@@ -123,6 +168,7 @@ class LedgerRecord:
     last_entry: int = NO_ENTRY
     length: int = 0
     created_us: int = 0
+    copy: CopyClaim | None = None
 
     @property
     def ensemble_size(self) -> int:
@@ -146,6 +192,10 @@ class LedgerRecord:
                 if bookie != VACANT:
                     held[bookie] = held.get(bookie, 0) + share
         return held
+
+    def roles(self) -> frozenset[str]:
+        """Every bookie on which entries may stand: those that the index names. A claim's target counts for no copy."""
+        return self.bookies() if self.copy is None else self.bookies() | {self.copy.target}
 
     def with_state(self, state: LedgerState, epoch: int | None = None) -> LedgerRecord:
         return replace(self, state=state, epoch=self.epoch if epoch is None else epoch)
@@ -233,3 +283,108 @@ class Cookie:
     instance_id: str
     cluster: str
     directory_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class CopyTask:
+    """A copy of a closed ledger that is to be made. Any place that it is to be made for has at most one.
+
+    place         the bookie whose part is meant; VACANT: a place that nobody fills
+    target        "" = not assigned yet; `place` itself = it is to complete what it misses; else it takes over the part
+    operation     of the rebalancing it belongs to
+    first_entry..last_entry   what the place is known to miss or to hold damaged; empty if last_entry is the lower
+    problem       why it does not go on, in words; empty while it does
+    """
+
+    ledger_id: int
+    place: str
+    target: str
+    reason: CopyReason
+    operation: str = ""
+    first_entry: int = 0
+    last_entry: int = NO_ENTRY
+    created_us: int = 0
+    problem: str = ""
+
+    @property
+    def completes(self) -> bool:
+        """The target keeps its part and gets what it misses."""
+        return self.target != "" and self.target == self.place
+
+
+@dataclass(frozen=True, slots=True)
+class Drain:
+    """An operator's wish: the bookie takes no new ledgers, and what stands on it moves away."""
+
+    bookie_id: str
+    since_us: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """A bookie without a session since a time. `given_up`: it was waited for long enough, its part is made anew."""
+
+    bookie_id: str
+    since_us: int
+    given_up: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class RepairSettings:
+    """How the cluster repairs itself. The defaults hold while nobody has written others.
+
+    enabled       off: nothing new is begun, for maintenance
+    delay_s       how long a single lost bookie is waited for
+    bytes_per_s   at which each bookie takes copies, all together
+    """
+
+    enabled: bool = True
+    delay_s: float = 60.0
+    bytes_per_s: int = 32 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """A ledger's copy at `source` goes to `target`. `reason`: why it was skipped, in words."""
+
+    ledger_id: int
+    source: str
+    target: str
+    size_bytes: int
+    state: MoveState = MoveState.PENDING
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """A rebalancing: what its `moves` moves in `pages` pages are to do, and how far they are.
+
+    state         an operator's word, and the runner's when all is done. Nothing new begins but in RUNNING
+    bytes_per_s   of all its copies together
+    revision      of the metadata that it was planned from
+    rollback_of   the operation whose moves it takes back; empty = none
+    mark          random: tells whose request created it
+    problems      why it does not go on, in words; empty while it does
+    rate          measured, in bytes per second
+    ended_us      0 while copies of it are under way, in every state
+    """
+
+    operation_id: str
+    goal: Goal
+    state: OperationState
+    bytes_per_s: int
+    revision: int
+    moves: int
+    size_bytes: int
+    pages: int
+    mark: bytes
+    rollback_of: str = ""
+    created_us: int = 0
+    updated_us: int = 0
+    ended_us: int = 0
+    moves_done: int = 0
+    bytes_done: int = 0
+    moves_skipped: int = 0
+    bytes_skipped: int = 0
+    rate: int = 0
+    problems: tuple[str, ...] = ()

@@ -10,9 +10,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
-from magnetar.metadata.codec import DamagedRecord, decode_ledger, decode_shard, encode_ledger, encode_page, encode_shard
+from magnetar.metadata.codec import (
+    DamagedRecord,
+    decode_ledger,
+    decode_shard,
+    encode_copy,
+    encode_ledger,
+    encode_page,
+    encode_shard,
+)
 from magnetar.metadata.keyspace import Keyspace
-from magnetar.metadata.records import LedgerRecord, LedgerState, Owner, Segment, ShardRecord
+from magnetar.metadata.records import CopyTask, LedgerRecord, LedgerState, Owner, Segment, ShardRecord
 from magnetar.metadata.store import (
     COMPARES_MAX,
     OPERATIONS_MAX,
@@ -36,6 +44,7 @@ class ShardChange:
     put_ledgers     new and changed ledgers in their new form; one that is now CLOSED moves to `ledgers/`
     delete_ledgers  open or closed; the index keys that go are those of the stored record
     put_pages       (number, segments)
+    put_copies      of ledgers that this change closes: what their places miss
     delete_shard    the record goes too; nothing of the shard may be left then
     """
 
@@ -44,6 +53,7 @@ class ShardChange:
     delete_ledgers: tuple[LedgerRecord, ...] = ()
     put_pages: tuple[tuple[int, tuple[Segment, ...]], ...] = ()
     delete_pages: tuple[int, ...] = ()
+    put_copies: tuple[CopyTask, ...] = ()
     delete_shard: bool = False
 
 
@@ -214,6 +224,8 @@ def commit_txn(
         _put_ledger(keyspace, snapshot, ledger, txn)
     for ledger in change.delete_ledgers:
         _delete_ledger(keyspace, snapshot, ledger, outside, txn)
+    for task in change.put_copies:
+        txn.replace_record(keyspace.copy(task.ledger_id, task.place), 0, encode_copy(task))
     _change_pages(keyspace, change, outside, txn)
     _change_owner(keyspace, snapshot, change, mark, txn)
     return txn.checked()
@@ -230,6 +242,9 @@ def _check_change(snapshot: ShardSnapshot, change: ShardChange) -> None:
     for ledger in change.put_ledgers:
         if ledger.state is LedgerState.CLOSED and ledger.ledger_id not in snapshot.ledgers:
             raise ValueError(f"only an open ledger of the shard can be closed: ledger=`{ledger.ledger_id}`")
+    closed = {ledger.ledger_id for ledger in change.put_ledgers if ledger.state is LedgerState.CLOSED}
+    if not closed >= {task.ledger_id for task in change.put_copies}:
+        raise ValueError(f"only a ledger that is closed is copied: shard=`{old.shard_id}`")
     if change.delete_shard:
         deleted = {ledger.ledger_id for ledger in change.delete_ledgers}
         linked = {segment.ledger_id for segment in new.segments}
@@ -250,8 +265,8 @@ def _put_ledger(keyspace: Keyspace, snapshot: ShardSnapshot, ledger: LedgerRecor
     else:
         txn.replace_record(key, revision, encode_ledger(ledger))
         txn.ledgers[ledger_id] = ledger
-    before = frozenset[str]() if old is None else old.bookies()
-    after = ledger.bookies()
+    before = frozenset[str]() if old is None else old.roles()
+    after = ledger.roles()
     txn.operations += [Delete(keyspace.index(bookie_id, ledger_id)) for bookie_id in sorted(before - after)]
     txn.operations += [Put(keyspace.index(bookie_id, ledger_id), b"") for bookie_id in sorted(after - before)]
 
@@ -263,7 +278,10 @@ def _delete_ledger(
     outside: Mapping[str, KeyValue | None],
     txn: ShardTxn,
 ) -> None:
-    """Repair changes the bookies of a closed ledger, so the index keys to delete are those of the record just read."""
+    """Repair changes the roles in a closed ledger, so the index keys to delete are those of the record just read.
+
+    A copy under way fails by that: its claim goes with the record. Its task is dropped by who finds no record.
+    """
     ledger_id = ledger.ledger_id
     stored = snapshot.ledgers.get(ledger_id)
     if stored is not None:
@@ -276,7 +294,7 @@ def _delete_ledger(
         if found is None:
             return
         stored = decode_ledger(found.value)
-    txn.operations += [Delete(keyspace.index(bookie_id, ledger_id)) for bookie_id in sorted(stored.bookies())]
+    txn.operations += [Delete(keyspace.index(bookie_id, ledger_id)) for bookie_id in sorted(stored.roles())]
 
 
 def _change_pages(

@@ -413,7 +413,9 @@ class ShardMetadata:
             if isinstance(operation, Put) and operation.key.startswith(prefix):
                 found = await self._store.get(operation.key)
                 wanted = decode_ledger(operation.value)
-                if found is None or replace(decode_ledger(found.value), fragments=wanted.fragments) != wanted:
+                if found is None:
+                    return False
+                if replace(decode_ledger(found.value), fragments=wanted.fragments, copy=wanted.copy) != wanted:
                     return False
         return True
 

@@ -24,23 +24,25 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1amagnetar/v1/metadata.proto\x12\x0bmagnetar.v1\"+\n\x05Owner\x12\x11\n\tbroker_id\x18\x01 \x01(\t\x12\x0f\n\x07session\x18\x02 \x01(\x04\"j\n\x07Segment\x12\x11\n\tledger_id\x18\x01 \x01(\x04\x12\x14\n\x0c\x66irst_offset\x18\x02 \x01(\x04\x12\x15\n\rfirst_time_us\x18\x03 \x01(\x03\x12\x10\n\x08messages\x18\x04 \x01(\x04\x12\r\n\x05\x62ytes\x18\x05 \x01(\x04\"\xa5\x03\n\x0bShardRecord\x12\x10\n\x08shard_id\x18\x01 \x01(\x04\x12\r\n\x05topic\x18\x02 \x01(\t\x12&\n\x05state\x18\x03 \x01(\x0e\x32\x17.magnetar.v1.ShardState\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\x12!\n\x05owner\x18\x05 \x01(\x0b\x32\x12.magnetar.v1.Owner\x12\x12\n\nfirst_slot\x18\x06 \x01(\r\x12\x11\n\tlast_slot\x18\x07 \x01(\r\x12\x0f\n\x07parents\x18\x08 \x03(\x04\x12\x14\n\x0cstart_offset\x18\t \x01(\x04\x12&\n\x08segments\x18\n \x03(\x0b\x32\x14.magnetar.v1.Segment\x12\x12\n\nfirst_page\x18\x0b \x01(\x04\x12\r\n\x05pages\x18\x0c \x01(\r\x12\x13\n\x0bnext_ledger\x18\r \x01(\x04\x12\x15\n\rcursor_ledger\x18\x0e \x01(\x04\x12\x13\n\x0bnext_cursor\x18\x0f \x01(\x04\x12\x16\n\x0einline_cursors\x18\x10 \x01(\x0c\x12\x12\n\ncreated_us\x18\x11 \x01(\x03\x12\x15\n\rfloor_time_us\x18\x12 \x01(\x03\"5\n\x0bSegmentPage\x12&\n\x08segments\x18\x01 \x03(\x0b\x32\x14.magnetar.v1.Segment\"0\n\x08\x46ragment\x12\x13\n\x0b\x66irst_entry\x18\x01 \x01(\x04\x12\x0f\n\x07\x62ookies\x18\x02 \x03(\t\"\xb3\x02\n\x0cLedgerRecord\x12\x11\n\tledger_id\x18\x01 \x01(\x04\x12\x10\n\x08shard_id\x18\x02 \x01(\x04\x12+\n\x07purpose\x18\x03 \x01(\x0e\x32\x1a.magnetar.v1.LedgerPurpose\x12\'\n\x05state\x18\x04 \x01(\x0e\x32\x18.magnetar.v1.LedgerState\x12\r\n\x05\x65poch\x18\x05 \x01(\x04\x12\r\n\x05token\x18\x06 \x01(\x0c\x12\x14\n\x0cwrite_quorum\x18\x07 \x01(\r\x12\x12\n\nack_quorum\x18\x08 \x01(\r\x12(\n\tfragments\x18\t \x03(\x0b\x32\x15.magnetar.v1.Fragment\x12\x12\n\nlast_entry\x18\n \x01(\x12\x12\x0e\n\x06length\x18\x0b \x01(\x04\x12\x12\n\ncreated_us\x18\x0c \x01(\x03\"\x7f\n\x0bLayoutShard\x12\x10\n\x08shard_id\x18\x01 \x01(\x04\x12\x12\n\nfirst_slot\x18\x02 \x01(\r\x12\x11\n\tlast_slot\x18\x03 \x01(\r\x12&\n\x05state\x18\x04 \x01(\x0e\x32\x17.magnetar.v1.ShardState\x12\x0f\n\x07parents\x18\x05 \x03(\x04\"\x82\x01\n\x0bTopicRecord\x12\r\n\x05topic\x18\x01 \x01(\t\x12\x14\n\x0clayout_epoch\x18\x02 \x01(\x04\x12(\n\x06shards\x18\x03 \x03(\x0b\x32\x18.magnetar.v1.LayoutShard\x12\x12\n\ncreated_us\x18\x04 \x01(\x03\x12\x10\n\x08\x64\x65leting\x18\x05 \x01(\x08\"\xb6\x01\n\x12SubscriptionRecord\x12\r\n\x05topic\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x17\n\x0fsubscription_id\x18\x03 \x01(\x04\x12+\n\x04type\x18\x04 \x01(\x0e\x32\x1d.magnetar.v1.SubscriptionType\x12)\n\x05start\x18\x05 \x01(\x0b\x32\x1a.magnetar.v1.StartPosition\x12\x12\n\ncreated_us\x18\x06 \x01(\x03\"T\n\rStartPosition\x12\x12\n\x08\x65\x61rliest\x18\x01 \x01(\x08H\x00\x12\x10\n\x06offset\x18\x02 \x01(\x04H\x00\x12\x11\n\x07time_us\x18\x03 \x01(\x03H\x00\x42\n\n\x08position\"4\n\x0eProducerRecord\x12\x13\n\x0bproducer_id\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\"\xdf\x01\n\x12\x42ookieRegistration\x12\x11\n\tbookie_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x0c\n\x04rack\x18\x03 \x01(\t\x12\'\n\x05state\x18\x04 \x01(\x0e\x32\x18.magnetar.v1.BookieState\x12\x17\n\x0f\x64isk_free_bytes\x18\x05 \x01(\x04\x12\x18\n\x10\x64isk_total_bytes\x18\x06 \x01(\x04\x12\x14\n\x0cledger_floor\x18\x07 \x01(\x04\x12\x0f\n\x07version\x18\x08 \x01(\t\x12\x14\n\x0chttp_address\x18\t \x01(\t\"p\n\x12\x42rokerRegistration\x12\x11\n\tbroker_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x14\n\x0chttp_address\x18\x04 \x01(\t\x12\x0f\n\x07leaving\x18\x05 \x01(\x08\"W\n\x06\x43ookie\x12\x11\n\tbookie_id\x18\x01 \x01(\t\x12\x13\n\x0binstance_id\x18\x02 \x01(\t\x12\x0f\n\x07\x63luster\x18\x03 \x01(\t\x12\x14\n\x0c\x64irectory_id\x18\x04 \x01(\t*q\n\nShardState\x12\x1b\n\x17SHARD_STATE_UNSPECIFIED\x10\x00\x12\x14\n\x10SHARD_STATE_OPEN\x10\x01\x12\x16\n\x12SHARD_STATE_SEALED\x10\x02\x12\x18\n\x14SHARD_STATE_DELETING\x10\x03*y\n\x0bLedgerState\x12\x1c\n\x18LEDGER_STATE_UNSPECIFIED\x10\x00\x12\x15\n\x11LEDGER_STATE_OPEN\x10\x01\x12\x1c\n\x18LEDGER_STATE_IN_RECOVERY\x10\x02\x12\x17\n\x13LEDGER_STATE_CLOSED\x10\x03*c\n\rLedgerPurpose\x12\x1e\n\x1aLEDGER_PURPOSE_UNSPECIFIED\x10\x00\x12\x17\n\x13LEDGER_PURPOSE_DATA\x10\x01\x12\x19\n\x15LEDGER_PURPOSE_CURSOR\x10\x02*p\n\x10SubscriptionType\x12!\n\x1dSUBSCRIPTION_TYPE_UNSPECIFIED\x10\x00\x12\x1c\n\x18SUBSCRIPTION_TYPE_STREAM\x10\x01\x12\x1b\n\x17SUBSCRIPTION_TYPE_QUEUE\x10\x02*}\n\x0b\x42ookieState\x12\x1c\n\x18\x42OOKIE_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15\x42OOKIE_STATE_WRITABLE\x10\x01\x12\x1a\n\x16\x42OOKIE_STATE_READ_ONLY\x10\x02\x12\x19\n\x15\x42OOKIE_STATE_DRAINING\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1amagnetar/v1/metadata.proto\x12\x0bmagnetar.v1\"+\n\x05Owner\x12\x11\n\tbroker_id\x18\x01 \x01(\t\x12\x0f\n\x07session\x18\x02 \x01(\x04\"j\n\x07Segment\x12\x11\n\tledger_id\x18\x01 \x01(\x04\x12\x14\n\x0c\x66irst_offset\x18\x02 \x01(\x04\x12\x15\n\rfirst_time_us\x18\x03 \x01(\x03\x12\x10\n\x08messages\x18\x04 \x01(\x04\x12\r\n\x05\x62ytes\x18\x05 \x01(\x04\"\xa5\x03\n\x0bShardRecord\x12\x10\n\x08shard_id\x18\x01 \x01(\x04\x12\r\n\x05topic\x18\x02 \x01(\t\x12&\n\x05state\x18\x03 \x01(\x0e\x32\x17.magnetar.v1.ShardState\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\x12!\n\x05owner\x18\x05 \x01(\x0b\x32\x12.magnetar.v1.Owner\x12\x12\n\nfirst_slot\x18\x06 \x01(\r\x12\x11\n\tlast_slot\x18\x07 \x01(\r\x12\x0f\n\x07parents\x18\x08 \x03(\x04\x12\x14\n\x0cstart_offset\x18\t \x01(\x04\x12&\n\x08segments\x18\n \x03(\x0b\x32\x14.magnetar.v1.Segment\x12\x12\n\nfirst_page\x18\x0b \x01(\x04\x12\r\n\x05pages\x18\x0c \x01(\r\x12\x13\n\x0bnext_ledger\x18\r \x01(\x04\x12\x15\n\rcursor_ledger\x18\x0e \x01(\x04\x12\x13\n\x0bnext_cursor\x18\x0f \x01(\x04\x12\x16\n\x0einline_cursors\x18\x10 \x01(\x0c\x12\x12\n\ncreated_us\x18\x11 \x01(\x03\x12\x15\n\rfloor_time_us\x18\x12 \x01(\x03\"5\n\x0bSegmentPage\x12&\n\x08segments\x18\x01 \x03(\x0b\x32\x14.magnetar.v1.Segment\"0\n\x08\x46ragment\x12\x13\n\x0b\x66irst_entry\x18\x01 \x01(\x04\x12\x0f\n\x07\x62ookies\x18\x02 \x03(\t\"\xd9\x02\n\x0cLedgerRecord\x12\x11\n\tledger_id\x18\x01 \x01(\x04\x12\x10\n\x08shard_id\x18\x02 \x01(\x04\x12+\n\x07purpose\x18\x03 \x01(\x0e\x32\x1a.magnetar.v1.LedgerPurpose\x12\'\n\x05state\x18\x04 \x01(\x0e\x32\x18.magnetar.v1.LedgerState\x12\r\n\x05\x65poch\x18\x05 \x01(\x04\x12\r\n\x05token\x18\x06 \x01(\x0c\x12\x14\n\x0cwrite_quorum\x18\x07 \x01(\r\x12\x12\n\nack_quorum\x18\x08 \x01(\r\x12(\n\tfragments\x18\t \x03(\x0b\x32\x15.magnetar.v1.Fragment\x12\x12\n\nlast_entry\x18\n \x01(\x12\x12\x0e\n\x06length\x18\x0b \x01(\x04\x12\x12\n\ncreated_us\x18\x0c \x01(\x03\x12$\n\x04\x63opy\x18\r \x01(\x0b\x32\x16.magnetar.v1.CopyClaim\"M\n\tCopyClaim\x12\x0e\n\x06target\x18\x01 \x01(\t\x12\x10\n\x08replaces\x18\x02 \x01(\t\x12\x0c\n\x04mark\x18\x03 \x01(\x0c\x12\x10\n\x08since_us\x18\x04 \x01(\x03\"\xc6\x01\n\x08\x43opyTask\x12\x11\n\tledger_id\x18\x01 \x01(\x04\x12\r\n\x05place\x18\x02 \x01(\t\x12\x0e\n\x06target\x18\x03 \x01(\t\x12\'\n\x06reason\x18\x04 \x01(\x0e\x32\x17.magnetar.v1.CopyReason\x12\x11\n\toperation\x18\x05 \x01(\t\x12\x13\n\x0b\x66irst_entry\x18\x06 \x01(\x04\x12\x12\n\nlast_entry\x18\x07 \x01(\x12\x12\x12\n\ncreated_us\x18\x08 \x01(\x03\x12\x0f\n\x07problem\x18\t \x01(\t\",\n\x05\x44rain\x12\x11\n\tbookie_id\x18\x01 \x01(\t\x12\x10\n\x08since_us\x18\x02 \x01(\x03\"=\n\x04Loss\x12\x11\n\tbookie_id\x18\x01 \x01(\t\x12\x10\n\x08since_us\x18\x02 \x01(\x03\x12\x10\n\x08given_up\x18\x03 \x01(\x08\"G\n\x0eRepairSettings\x12\x0f\n\x07\x65nabled\x18\x01 \x01(\x08\x12\x0f\n\x07\x64\x65lay_s\x18\x02 \x01(\x01\x12\x13\n\x0b\x62ytes_per_s\x18\x03 \x01(\x04\"\x7f\n\x0bLayoutShard\x12\x10\n\x08shard_id\x18\x01 \x01(\x04\x12\x12\n\nfirst_slot\x18\x02 \x01(\r\x12\x11\n\tlast_slot\x18\x03 \x01(\r\x12&\n\x05state\x18\x04 \x01(\x0e\x32\x17.magnetar.v1.ShardState\x12\x0f\n\x07parents\x18\x05 \x03(\x04\"\x82\x01\n\x0bTopicRecord\x12\r\n\x05topic\x18\x01 \x01(\t\x12\x14\n\x0clayout_epoch\x18\x02 \x01(\x04\x12(\n\x06shards\x18\x03 \x03(\x0b\x32\x18.magnetar.v1.LayoutShard\x12\x12\n\ncreated_us\x18\x04 \x01(\x03\x12\x10\n\x08\x64\x65leting\x18\x05 \x01(\x08\"\xb6\x01\n\x12SubscriptionRecord\x12\r\n\x05topic\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x17\n\x0fsubscription_id\x18\x03 \x01(\x04\x12+\n\x04type\x18\x04 \x01(\x0e\x32\x1d.magnetar.v1.SubscriptionType\x12)\n\x05start\x18\x05 \x01(\x0b\x32\x1a.magnetar.v1.StartPosition\x12\x12\n\ncreated_us\x18\x06 \x01(\x03\"T\n\rStartPosition\x12\x12\n\x08\x65\x61rliest\x18\x01 \x01(\x08H\x00\x12\x10\n\x06offset\x18\x02 \x01(\x04H\x00\x12\x11\n\x07time_us\x18\x03 \x01(\x03H\x00\x42\n\n\x08position\"4\n\x0eProducerRecord\x12\x13\n\x0bproducer_id\x18\x01 \x01(\x0c\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\"\xdf\x01\n\x12\x42ookieRegistration\x12\x11\n\tbookie_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x0c\n\x04rack\x18\x03 \x01(\t\x12\'\n\x05state\x18\x04 \x01(\x0e\x32\x18.magnetar.v1.BookieState\x12\x17\n\x0f\x64isk_free_bytes\x18\x05 \x01(\x04\x12\x18\n\x10\x64isk_total_bytes\x18\x06 \x01(\x04\x12\x14\n\x0cledger_floor\x18\x07 \x01(\x04\x12\x0f\n\x07version\x18\x08 \x01(\t\x12\x14\n\x0chttp_address\x18\t \x01(\t\"p\n\x12\x42rokerRegistration\x12\x11\n\tbroker_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x14\n\x0chttp_address\x18\x04 \x01(\t\x12\x0f\n\x07leaving\x18\x05 \x01(\x08\"W\n\x06\x43ookie\x12\x11\n\tbookie_id\x18\x01 \x01(\t\x12\x13\n\x0binstance_id\x18\x02 \x01(\t\x12\x0f\n\x07\x63luster\x18\x03 \x01(\t\x12\x14\n\x0c\x64irectory_id\x18\x04 \x01(\t*q\n\nShardState\x12\x1b\n\x17SHARD_STATE_UNSPECIFIED\x10\x00\x12\x14\n\x10SHARD_STATE_OPEN\x10\x01\x12\x16\n\x12SHARD_STATE_SEALED\x10\x02\x12\x18\n\x14SHARD_STATE_DELETING\x10\x03*y\n\x0bLedgerState\x12\x1c\n\x18LEDGER_STATE_UNSPECIFIED\x10\x00\x12\x15\n\x11LEDGER_STATE_OPEN\x10\x01\x12\x1c\n\x18LEDGER_STATE_IN_RECOVERY\x10\x02\x12\x17\n\x13LEDGER_STATE_CLOSED\x10\x03*c\n\rLedgerPurpose\x12\x1e\n\x1aLEDGER_PURPOSE_UNSPECIFIED\x10\x00\x12\x17\n\x13LEDGER_PURPOSE_DATA\x10\x01\x12\x19\n\x15LEDGER_PURPOSE_CURSOR\x10\x02*p\n\x10SubscriptionType\x12!\n\x1dSUBSCRIPTION_TYPE_UNSPECIFIED\x10\x00\x12\x1c\n\x18SUBSCRIPTION_TYPE_STREAM\x10\x01\x12\x1b\n\x17SUBSCRIPTION_TYPE_QUEUE\x10\x02*\xa9\x01\n\nCopyReason\x12\x1b\n\x17\x43OPY_REASON_UNSPECIFIED\x10\x00\x12\x1c\n\x18\x43OPY_REASON_UNREPLICATED\x10\x01\x12\x14\n\x10\x43OPY_REASON_LOST\x10\x02\x12\x18\n\x14\x43OPY_REASON_DRAINING\x10\x03\x12\x19\n\x15\x43OPY_REASON_REBALANCE\x10\x04\x12\x15\n\x11\x43OPY_REASON_SCRUB\x10\x05*}\n\x0b\x42ookieState\x12\x1c\n\x18\x42OOKIE_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15\x42OOKIE_STATE_WRITABLE\x10\x01\x12\x1a\n\x16\x42OOKIE_STATE_READ_ONLY\x10\x02\x12\x19\n\x15\x42OOKIE_STATE_DRAINING\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'magnetar.v1.metadata_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_SHARDSTATE']._serialized_start=2051
-  _globals['_SHARDSTATE']._serialized_end=2164
-  _globals['_LEDGERSTATE']._serialized_start=2166
-  _globals['_LEDGERSTATE']._serialized_end=2287
-  _globals['_LEDGERPURPOSE']._serialized_start=2289
-  _globals['_LEDGERPURPOSE']._serialized_end=2388
-  _globals['_SUBSCRIPTIONTYPE']._serialized_start=2390
-  _globals['_SUBSCRIPTIONTYPE']._serialized_end=2502
-  _globals['_BOOKIESTATE']._serialized_start=2504
-  _globals['_BOOKIESTATE']._serialized_end=2629
+  _globals['_SHARDSTATE']._serialized_start=2551
+  _globals['_SHARDSTATE']._serialized_end=2664
+  _globals['_LEDGERSTATE']._serialized_start=2666
+  _globals['_LEDGERSTATE']._serialized_end=2787
+  _globals['_LEDGERPURPOSE']._serialized_start=2789
+  _globals['_LEDGERPURPOSE']._serialized_end=2888
+  _globals['_SUBSCRIPTIONTYPE']._serialized_start=2890
+  _globals['_SUBSCRIPTIONTYPE']._serialized_end=3002
+  _globals['_COPYREASON']._serialized_start=3005
+  _globals['_COPYREASON']._serialized_end=3174
+  _globals['_BOOKIESTATE']._serialized_start=3176
+  _globals['_BOOKIESTATE']._serialized_end=3301
   _globals['_OWNER']._serialized_start=43
   _globals['_OWNER']._serialized_end=86
   _globals['_SEGMENT']._serialized_start=88
@@ -52,21 +54,31 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_FRAGMENT']._serialized_start=675
   _globals['_FRAGMENT']._serialized_end=723
   _globals['_LEDGERRECORD']._serialized_start=726
-  _globals['_LEDGERRECORD']._serialized_end=1033
-  _globals['_LAYOUTSHARD']._serialized_start=1035
-  _globals['_LAYOUTSHARD']._serialized_end=1162
-  _globals['_TOPICRECORD']._serialized_start=1165
-  _globals['_TOPICRECORD']._serialized_end=1295
-  _globals['_SUBSCRIPTIONRECORD']._serialized_start=1298
-  _globals['_SUBSCRIPTIONRECORD']._serialized_end=1480
-  _globals['_STARTPOSITION']._serialized_start=1482
-  _globals['_STARTPOSITION']._serialized_end=1566
-  _globals['_PRODUCERRECORD']._serialized_start=1568
-  _globals['_PRODUCERRECORD']._serialized_end=1620
-  _globals['_BOOKIEREGISTRATION']._serialized_start=1623
-  _globals['_BOOKIEREGISTRATION']._serialized_end=1846
-  _globals['_BROKERREGISTRATION']._serialized_start=1848
-  _globals['_BROKERREGISTRATION']._serialized_end=1960
-  _globals['_COOKIE']._serialized_start=1962
-  _globals['_COOKIE']._serialized_end=2049
+  _globals['_LEDGERRECORD']._serialized_end=1071
+  _globals['_COPYCLAIM']._serialized_start=1073
+  _globals['_COPYCLAIM']._serialized_end=1150
+  _globals['_COPYTASK']._serialized_start=1153
+  _globals['_COPYTASK']._serialized_end=1351
+  _globals['_DRAIN']._serialized_start=1353
+  _globals['_DRAIN']._serialized_end=1397
+  _globals['_LOSS']._serialized_start=1399
+  _globals['_LOSS']._serialized_end=1460
+  _globals['_REPAIRSETTINGS']._serialized_start=1462
+  _globals['_REPAIRSETTINGS']._serialized_end=1533
+  _globals['_LAYOUTSHARD']._serialized_start=1535
+  _globals['_LAYOUTSHARD']._serialized_end=1662
+  _globals['_TOPICRECORD']._serialized_start=1665
+  _globals['_TOPICRECORD']._serialized_end=1795
+  _globals['_SUBSCRIPTIONRECORD']._serialized_start=1798
+  _globals['_SUBSCRIPTIONRECORD']._serialized_end=1980
+  _globals['_STARTPOSITION']._serialized_start=1982
+  _globals['_STARTPOSITION']._serialized_end=2066
+  _globals['_PRODUCERRECORD']._serialized_start=2068
+  _globals['_PRODUCERRECORD']._serialized_end=2120
+  _globals['_BOOKIEREGISTRATION']._serialized_start=2123
+  _globals['_BOOKIEREGISTRATION']._serialized_end=2346
+  _globals['_BROKERREGISTRATION']._serialized_start=2348
+  _globals['_BROKERREGISTRATION']._serialized_end=2460
+  _globals['_COOKIE']._serialized_start=2462
+  _globals['_COOKIE']._serialized_end=2549
 # @@protoc_insertion_point(module_scope)

@@ -33,6 +33,15 @@ class SubscriptionType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     SUBSCRIPTION_TYPE_STREAM: _ClassVar[SubscriptionType]
     SUBSCRIPTION_TYPE_QUEUE: _ClassVar[SubscriptionType]
 
+class CopyReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    COPY_REASON_UNSPECIFIED: _ClassVar[CopyReason]
+    COPY_REASON_UNREPLICATED: _ClassVar[CopyReason]
+    COPY_REASON_LOST: _ClassVar[CopyReason]
+    COPY_REASON_DRAINING: _ClassVar[CopyReason]
+    COPY_REASON_REBALANCE: _ClassVar[CopyReason]
+    COPY_REASON_SCRUB: _ClassVar[CopyReason]
+
 class BookieState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     BOOKIE_STATE_UNSPECIFIED: _ClassVar[BookieState]
@@ -53,6 +62,12 @@ LEDGER_PURPOSE_CURSOR: LedgerPurpose
 SUBSCRIPTION_TYPE_UNSPECIFIED: SubscriptionType
 SUBSCRIPTION_TYPE_STREAM: SubscriptionType
 SUBSCRIPTION_TYPE_QUEUE: SubscriptionType
+COPY_REASON_UNSPECIFIED: CopyReason
+COPY_REASON_UNREPLICATED: CopyReason
+COPY_REASON_LOST: CopyReason
+COPY_REASON_DRAINING: CopyReason
+COPY_REASON_REBALANCE: CopyReason
+COPY_REASON_SCRUB: CopyReason
 BOOKIE_STATE_UNSPECIFIED: BookieState
 BOOKIE_STATE_WRITABLE: BookieState
 BOOKIE_STATE_READ_ONLY: BookieState
@@ -135,7 +150,7 @@ class Fragment(_message.Message):
     def __init__(self, first_entry: _Optional[int] = ..., bookies: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class LedgerRecord(_message.Message):
-    __slots__ = ("ledger_id", "shard_id", "purpose", "state", "epoch", "token", "write_quorum", "ack_quorum", "fragments", "last_entry", "length", "created_us")
+    __slots__ = ("ledger_id", "shard_id", "purpose", "state", "epoch", "token", "write_quorum", "ack_quorum", "fragments", "last_entry", "length", "created_us", "copy")
     LEDGER_ID_FIELD_NUMBER: _ClassVar[int]
     SHARD_ID_FIELD_NUMBER: _ClassVar[int]
     PURPOSE_FIELD_NUMBER: _ClassVar[int]
@@ -148,6 +163,7 @@ class LedgerRecord(_message.Message):
     LAST_ENTRY_FIELD_NUMBER: _ClassVar[int]
     LENGTH_FIELD_NUMBER: _ClassVar[int]
     CREATED_US_FIELD_NUMBER: _ClassVar[int]
+    COPY_FIELD_NUMBER: _ClassVar[int]
     ledger_id: int
     shard_id: int
     purpose: LedgerPurpose
@@ -160,7 +176,70 @@ class LedgerRecord(_message.Message):
     last_entry: int
     length: int
     created_us: int
-    def __init__(self, ledger_id: _Optional[int] = ..., shard_id: _Optional[int] = ..., purpose: _Optional[_Union[LedgerPurpose, str]] = ..., state: _Optional[_Union[LedgerState, str]] = ..., epoch: _Optional[int] = ..., token: _Optional[bytes] = ..., write_quorum: _Optional[int] = ..., ack_quorum: _Optional[int] = ..., fragments: _Optional[_Iterable[_Union[Fragment, _Mapping]]] = ..., last_entry: _Optional[int] = ..., length: _Optional[int] = ..., created_us: _Optional[int] = ...) -> None: ...
+    copy: CopyClaim
+    def __init__(self, ledger_id: _Optional[int] = ..., shard_id: _Optional[int] = ..., purpose: _Optional[_Union[LedgerPurpose, str]] = ..., state: _Optional[_Union[LedgerState, str]] = ..., epoch: _Optional[int] = ..., token: _Optional[bytes] = ..., write_quorum: _Optional[int] = ..., ack_quorum: _Optional[int] = ..., fragments: _Optional[_Iterable[_Union[Fragment, _Mapping]]] = ..., last_entry: _Optional[int] = ..., length: _Optional[int] = ..., created_us: _Optional[int] = ..., copy: _Optional[_Union[CopyClaim, _Mapping]] = ...) -> None: ...
+
+class CopyClaim(_message.Message):
+    __slots__ = ("target", "replaces", "mark", "since_us")
+    TARGET_FIELD_NUMBER: _ClassVar[int]
+    REPLACES_FIELD_NUMBER: _ClassVar[int]
+    MARK_FIELD_NUMBER: _ClassVar[int]
+    SINCE_US_FIELD_NUMBER: _ClassVar[int]
+    target: str
+    replaces: str
+    mark: bytes
+    since_us: int
+    def __init__(self, target: _Optional[str] = ..., replaces: _Optional[str] = ..., mark: _Optional[bytes] = ..., since_us: _Optional[int] = ...) -> None: ...
+
+class CopyTask(_message.Message):
+    __slots__ = ("ledger_id", "place", "target", "reason", "operation", "first_entry", "last_entry", "created_us", "problem")
+    LEDGER_ID_FIELD_NUMBER: _ClassVar[int]
+    PLACE_FIELD_NUMBER: _ClassVar[int]
+    TARGET_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    OPERATION_FIELD_NUMBER: _ClassVar[int]
+    FIRST_ENTRY_FIELD_NUMBER: _ClassVar[int]
+    LAST_ENTRY_FIELD_NUMBER: _ClassVar[int]
+    CREATED_US_FIELD_NUMBER: _ClassVar[int]
+    PROBLEM_FIELD_NUMBER: _ClassVar[int]
+    ledger_id: int
+    place: str
+    target: str
+    reason: CopyReason
+    operation: str
+    first_entry: int
+    last_entry: int
+    created_us: int
+    problem: str
+    def __init__(self, ledger_id: _Optional[int] = ..., place: _Optional[str] = ..., target: _Optional[str] = ..., reason: _Optional[_Union[CopyReason, str]] = ..., operation: _Optional[str] = ..., first_entry: _Optional[int] = ..., last_entry: _Optional[int] = ..., created_us: _Optional[int] = ..., problem: _Optional[str] = ...) -> None: ...
+
+class Drain(_message.Message):
+    __slots__ = ("bookie_id", "since_us")
+    BOOKIE_ID_FIELD_NUMBER: _ClassVar[int]
+    SINCE_US_FIELD_NUMBER: _ClassVar[int]
+    bookie_id: str
+    since_us: int
+    def __init__(self, bookie_id: _Optional[str] = ..., since_us: _Optional[int] = ...) -> None: ...
+
+class Loss(_message.Message):
+    __slots__ = ("bookie_id", "since_us", "given_up")
+    BOOKIE_ID_FIELD_NUMBER: _ClassVar[int]
+    SINCE_US_FIELD_NUMBER: _ClassVar[int]
+    GIVEN_UP_FIELD_NUMBER: _ClassVar[int]
+    bookie_id: str
+    since_us: int
+    given_up: bool
+    def __init__(self, bookie_id: _Optional[str] = ..., since_us: _Optional[int] = ..., given_up: bool = ...) -> None: ...
+
+class RepairSettings(_message.Message):
+    __slots__ = ("enabled", "delay_s", "bytes_per_s")
+    ENABLED_FIELD_NUMBER: _ClassVar[int]
+    DELAY_S_FIELD_NUMBER: _ClassVar[int]
+    BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
+    enabled: bool
+    delay_s: float
+    bytes_per_s: int
+    def __init__(self, enabled: bool = ..., delay_s: _Optional[float] = ..., bytes_per_s: _Optional[int] = ...) -> None: ...
 
 class LayoutShard(_message.Message):
     __slots__ = ("shard_id", "first_slot", "last_slot", "state", "parents")

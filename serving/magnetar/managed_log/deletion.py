@@ -18,10 +18,11 @@ OPERATIONS_BESIDE = 4
 
 
 def fitting(ledgers: list[LedgerRecord]) -> int:
-    """How many of them one transaction can delete: each costs its record and an index key for each of its bookies."""
+    """How many of them one transaction can delete: each costs its record and an index key for each bookie with a role,
+    the target of a copy that is claimed meanwhile included."""
     room = OPERATIONS_MAX - OPERATIONS_BESIDE
     for position, ledger in enumerate(ledgers):
-        room -= 1 + len(ledger.bookies())
+        room -= 2 + len(ledger.bookies())
         if room < 0:
             return max(position, 1)
     return len(ledgers)
