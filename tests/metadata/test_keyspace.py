@@ -37,6 +37,8 @@ KINDS: dict[KeyKind, tuple[str, tuple[st.SearchStrategy[Any], ...]]] = {
     KeyKind.COPY: ("copy", (NUMBERS, NAMES)),
     KeyKind.DRAIN: ("drain", (NAMES,)),
     KeyKind.LOSS: ("loss", (NAMES,)),
+    KeyKind.OPERATION: ("operation", (NAMES,)),
+    KeyKind.MOVES: ("moves", (NAMES, NUMBERS)),
 }
 
 KEYSPACE = Keyspace("c1")
@@ -107,6 +109,8 @@ def test_no_name_can_reach_another_key(bad: str) -> None:
         lambda: KEYSPACE.election(bad),
         lambda: KEYSPACE.drain(bad),
         lambda: KEYSPACE.loss(bad),
+        lambda: KEYSPACE.operation(bad),
+        lambda: KEYSPACE.moves(bad, 1),
         lambda: KEYSPACE.subscriptions_prefix(f"t/{bad}/topic"),
     ]
     for build in builders:
@@ -153,6 +157,8 @@ def test_prefixes_hold_their_keys_and_end_at_whole_parts() -> None:
         (KEYSPACE.owned_prefix(owner), KEYSPACE.owned(owner, 1)),
         (KEYSPACE.copies_prefix(), KEYSPACE.copy(2, "b")),
         (KEYSPACE.copies_prefix(2), KEYSPACE.copy(2, VACANT)),
+        (KEYSPACE.operations_prefix(), KEYSPACE.operation("r-1")),
+        (KEYSPACE.moves_prefix("r-1"), KEYSPACE.moves("r-1", 2)),
         (KEYSPACE.drains_prefix(), KEYSPACE.drain("b")),
         (KEYSPACE.losses_prefix(), KEYSPACE.loss("b")),
     ]

@@ -29,25 +29,19 @@ Rules of every plan:
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
-from enum import Enum
+from dataclasses import dataclass, field
 
 from magnetar.ledger.placement import is_eligible
-from magnetar.metadata.records import VACANT, BookieRegistration, BookieState, LedgerRecord, LedgerState
+from magnetar.metadata.records import VACANT, BookieRegistration, BookieState, Goal, LedgerRecord, LedgerState, Move
 
 TOLERANCE = 0.02
 """Of the even share: nearer than this nothing moves, so that a plan that was carried out leaves nothing to do."""
 FREE_SHARE_MIN = 0.10
 """Of the target's disk after all moves: a bookie that is filled by them would soon be read-only."""
-MOVES_MAX = 50_000
+MOVES_MAX = 40_000
 """Of one plan. All of them stand in the metadata store."""
 OBJECTIONS_MAX = 20
 """Named one by one; the rest is counted."""
-
-
-class Goal(Enum):
-    BYTES = "bytes"
-    SEGMENTS = "segments"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,21 +62,11 @@ class Snapshot:
     ledgers: Sequence[LedgerRecord]
     changed: Mapping[int, int]
     draining: Collection[str] = ()
-    busy: Mapping[int, str] | None = None
+    busy: Mapping[int, str] = field(default_factory=dict)
 
     def is_counted(self, bookie_id: str) -> bool:
         bookie = self.bookies.get(bookie_id)
         return bookie is not None and bookie.state is not BookieState.DRAINING and bookie_id not in self.draining
-
-
-@dataclass(frozen=True, slots=True)
-class Move:
-    """A ledger's copy at `source` goes to `target`."""
-
-    ledger_id: int
-    source: str
-    target: str
-    size_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,7 +251,7 @@ def _room(bookie: BookieRegistration) -> float:
 
 def _is_movable(snapshot: Snapshot, record: LedgerRecord) -> bool:
     """A whole ledger that nobody else is going to move."""
-    if record.state is not LedgerState.CLOSED or record.ledger_id in (snapshot.busy or ()):
+    if record.state is not LedgerState.CLOSED or record.copy is not None or record.ledger_id in snapshot.busy:
         return False
     if any(VACANT in fragment.bookies for fragment in record.fragments):
         return False
@@ -284,7 +268,7 @@ def objection(snapshot: Snapshot, record: LedgerRecord, source: str, target: str
     if not is_eligible(bookie, record.ledger_id):
         what = "is read-only" if bookie.state is BookieState.READ_ONLY else "takes no old ledgers since its repair"
         return f"{target} {what}"
-    if target in record.bookies():
+    if target in record.roles():
         return f"{target} has a copy of it already"
     if source not in record.bookies():
         return f"{source} has no copy of it"
@@ -333,8 +317,10 @@ def objections(snapshot: Snapshot, moves: Sequence[Move], revision: int) -> list
 def _objection_to(snapshot: Snapshot, record: LedgerRecord | None, move: Move, revision: int) -> str:
     if record is None:
         return "it was trimmed or deleted"
-    if (by := (snapshot.busy or {}).get(move.ledger_id)) is not None:
-        return by
+    if move.ledger_id in snapshot.busy:
+        return snapshot.busy[move.ledger_id]
+    if record.copy is not None:
+        return f"a copy of it is being made at {record.copy.target}"
     if snapshot.changed[move.ledger_id] > revision:
         return "it was changed: it was closed, moved or repaired after the plan was made"
     return objection(snapshot, record, move.source, move.target)

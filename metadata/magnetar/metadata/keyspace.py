@@ -23,6 +23,9 @@ copies/<ledger>/<place>             CopyTask                    closer of the le
 drains/<bookie>                     Drain                       a broker for an operator, CAS       undrain; decommission
 losses/<bookie>                     Loss                        the auditor, CAS                    it is back; decommission
 repair                              RepairSettings              a broker for an operator, CAS       never
+operations/<operation>              Operation                   a broker for an operator; its       ended, and many came
+                                                                runner, CAS                         after it
+moves/<operation>/<page>            Moves of an operation       as above                            with the operation
 """
 
 from __future__ import annotations
@@ -71,6 +74,8 @@ class KeyKind(Enum):
     DRAIN = ("drains", NAME)
     LOSS = ("losses", NAME)
     REPAIR = ("repair",)
+    OPERATION = ("operations", NAME)
+    MOVES = ("moves", NAME, NUMBER)
 
 
 def number(value: int) -> str:
@@ -217,6 +222,25 @@ class Keyspace:
 
     def repair(self) -> str:
         return self._key(KeyKind.REPAIR)
+
+    def operation(self, operation_id: str) -> str:
+        return self._key(KeyKind.OPERATION, operation_id)
+
+    def operations_prefix(self) -> str:
+        return self._prefix(KeyKind.OPERATION)
+
+    def parse_operation(self, key: str) -> str:
+        return self._names(KeyKind.OPERATION, key)[0]
+
+    def moves(self, operation_id: str, page: int) -> str:
+        return self._key(KeyKind.MOVES, operation_id, page)
+
+    def moves_prefix(self, operation_id: str) -> str:
+        return self._prefix(KeyKind.MOVES, operation_id)
+
+    def parse_moves(self, key: str) -> tuple[str, int]:
+        """(operation, page)"""
+        return self._names(KeyKind.MOVES, key)[0], self._numbers(KeyKind.MOVES, key)[0]
 
     # Topics. `topic` is always tenant/namespace/topic.
 
