@@ -19,13 +19,12 @@ bookies/<bookie>                    BookieRegistration, leased  the bookie      
 cookies/<bookie>                    Cookie                      the bookie, at its first start      decommissioned
 owned/<broker>/<session>/<shard>    the claim's random mark     who changes the shard's owner       with the ownership
 elections/<name>                    leader's name, leased       a candidate that finds it absent    with its lease
-copies/<ledger>/<place>             CopyTask                    closer of the ledger; auditor, CAS   done, or not needed
-drains/<bookie>                     Drain                       a broker for an operator, CAS       undrain; decommission
-losses/<bookie>                     Loss                        the auditor, CAS                    it is back; decommission
-repair                              RepairSettings              a broker for an operator, CAS       never
-operations/<operation>              Operation                   a broker for an operator; its       ended, and many came
-                                                                runner, CAS                         after it
-moves/<operation>/<page>            Moves of an operation       as above                            with the operation
+copies/<ledger>/<place>             CopyTask                    who closes it; the auditor, CAS     done, or not needed
+drains/<bookie>                     Drain                       any broker, for an operator, CAS    undrained, removed
+losses/<bookie>                     Loss                        the auditor, CAS                    it is back, removed
+repair                              RepairSettings              any broker, for an operator, CAS    never
+operations/<operation>              Operation                   operator's broker; the runner, CAS  when many came after
+moves/<operation>/<page>            Moves of it                 operator's broker; the runner, CAS  with the operation
 """
 
 from __future__ import annotations
