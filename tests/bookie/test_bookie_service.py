@@ -29,6 +29,7 @@ from magnetar.ledger.bookie_wire import (
 from magnetar.ledger.grpc_bookie import GrpcBookie
 from magnetar.v1 import bookie_pb2 as pb
 from magnetar.v1 import common_pb2
+from magnetar.wire.envelope import HEADER_SIZE
 
 HELLO = common_pb2.Hello(protocol_min=1, protocol_max=1, name="test")
 MALFORMED = common_pb2.ERROR_REASON_MALFORMED
@@ -123,6 +124,17 @@ async def test_an_answer_has_at_most_a_frame_of_entries_and_at_least_one(client:
     assert len(read.answers) == 3
     read = await client.read(replace(writer(7).read(0, 4), max_bytes=0))
     assert len(read.answers) == 1
+
+
+async def test_headers_alone_are_answered_for_entries_that_verify(client: GrpcBookie, writer: Any) -> None:
+    ledger = writer(7)
+    assert (await client.add(ledger.add(0, 1, payload=b"x" * 10_000))).status is AddStatus.OK
+    whole = await client.read(ledger.read(0, 2))
+    headers = await client.read(replace(ledger.read(0, 2), headers_only=True))
+    assert [answer.outcome for answer in headers.answers] == [answer.outcome for answer in whole.answers]
+    assert [answer.entry for answer in headers.answers] == [
+        None if answer.entry is None else answer.entry[:HEADER_SIZE] for answer in whole.answers
+    ]
 
 
 async def test_calls_that_wait_share_frames_both_ways(

@@ -17,9 +17,10 @@ TOP_LEVEL = {*SOURCE_ROOTS, "tests", "deploy"}
 
 PURE = (
     *(f"proto/magnetar/wire/{path.name}" for path in (ROOT / "proto/magnetar/wire").glob("*.py")),
-    "metadata/magnetar/metadata/records.py",
-    "bookies/magnetar/repair/planner.py",
+    *(f"metadata/magnetar/metadata/{name}.py" for name in ("records", "copy_txns")),
     *(f"bookies/magnetar/ledger/{name}.py" for name in ("quorum", "writer", "recovery", "reads", "placement")),
+    *(f"bookies/magnetar/repair/{name}.py" for name in ("copying", "throttle")),
+    *(f"bookies/magnetar/repair/{name}.py" for name in ("planner", "operations", "operation_txns", "operation_rates")),
     *(f"serving/magnetar/managed_log/{name}.py" for name in ("chain", "cursor", "cache")),
     *(f"serving/magnetar/broker/{name}.py" for name in ("dispatch", "redelivery", "dedup", "flow", "layout")),
     *(f"client/magnetar/client/{name}.py" for name in ("batching", "inflight", "acks", "backoff")),

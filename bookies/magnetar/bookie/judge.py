@@ -372,6 +372,15 @@ def judge_read(
     return ReadResult(tuple(answers), message)
 
 
+def headers_of(result: ReadResult) -> ReadResult:
+    """The answers with the headers of their envelopes only."""
+    answers = tuple(
+        answer if answer.entry is None else EntryAnswer(answer.outcome, answer.entry[:HEADER_SIZE])
+        for answer in result.answers
+    )
+    return ReadResult(answers, result.message)
+
+
 def judge_lac(token: bytes, state: LedgerState, conditions: ReadConditions) -> LacResult:
     mark = state.mark
     if isinstance(mark, Damaged):

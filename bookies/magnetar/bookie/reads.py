@@ -15,6 +15,7 @@ from magnetar.bookie.entry_store import Damaged, EntryQuery, EntryRead, EntrySto
 from magnetar.bookie.group_commit import GroupCommit
 from magnetar.bookie.judge import (
     ReadConditions,
+    headers_of,
     judge_lac,
     judge_read,
     unknown_read,
@@ -122,7 +123,7 @@ class Reads:
         values = [verified(value, group.ledger_id, group.first_entry + n) for n, value in enumerate(read.values)]
         result = judge_read(group.token, values, mark, self._conditions(group.ledger_id))
         self._count(values, result)
-        return result
+        return headers_of(result) if group.headers_only else result
 
     def _count(self, values: Sequence[bytes | Damaged | None], result: ReadResult) -> None:
         metrics = self._metrics

@@ -16,7 +16,7 @@ from typing import Any
 
 from google.protobuf.message import Message
 
-from magnetar.bookie.entry_store import StoreDamaged
+from magnetar.bookie.entry_store import ENTRIES_PER_READ_MAX, StoreDamaged
 from magnetar.bookie.handlers import BookieHandlers, LedgerFacts
 from magnetar.bookie.reads import READ_BYTES_MAX
 from magnetar.ledger.bookie_wire import (
@@ -34,6 +34,7 @@ from magnetar.ledger.bookie_wire import (
 from magnetar.node.rpc import MESSAGE_BYTES_MAX, Refused, ServerStream, Service, malformed, parse, unavailable
 from magnetar.v1 import bookie_pb2 as pb
 from magnetar.v1 import common_pb2
+from magnetar.wire.envelope import HEADER_SIZE
 
 UNANSWERED_BYTES_MAX = 4 << 20
 """Of a stream: what the answers to its unanswered calls may hold, and those not yet taken by the client."""
@@ -98,7 +99,7 @@ class BookieService:
             pb.ReadEntriesRequest,
             lambda frame: frame.groups,
             lambda item, tokens: handlers.read(read_from_message(item, tokens.of(item.ledger_id, item.token))),
-            lambda item: min(item.max_bytes, READ_BYTES_MAX) + ANSWER_BYTES,
+            _read_cost,
             read_result_to_message,
             pb.ReadEntriesResponse,
         )
@@ -168,6 +169,11 @@ def check_hello(frame: Any, exchange: Exchange) -> None:
             f"no common protocol offered=`{hello.protocol_min}-{hello.protocol_max}` "
             f"spoken=`{PROTOCOL_MIN}-{PROTOCOL_MAX}`",
         )
+
+
+def _read_cost(item: pb.ReadGroup) -> int:
+    whole = min(item.max_bytes, READ_BYTES_MAX)
+    return ANSWER_BYTES + (min(whole, HEADER_SIZE * ENTRIES_PER_READ_MAX) if item.headers_only else whole)
 
 
 def _ledgers_frame(ledgers: Iterable[LedgerFacts]) -> pb.ListLedgersResponse:

@@ -59,7 +59,10 @@ class AddResult:
 
 @dataclass(frozen=True, slots=True)
 class ReadGroup:
-    """Entries first_entry..last_entry (inclusive). With `fence`, raises the ledger's epoch and fences it first."""
+    """Entries first_entry..last_entry (inclusive). With `fence`, raises the ledger's epoch and fences it first.
+
+    headers_only   the bookie verifies what it stores and answers the envelopes' headers alone: enough to compare copies
+    """
 
     ledger_id: int
     epoch: int
@@ -68,11 +71,12 @@ class ReadGroup:
     last_entry: int
     fence: bool = False
     max_bytes: int = 1 << 20
+    headers_only: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class EntryAnswer:
-    """`entry` (the whole envelope) is there exactly if the outcome is HAVE."""
+    """`entry` (the whole envelope, or its header as asked) is there exactly if the outcome is HAVE."""
 
     outcome: EntryOutcome
     entry: bytes | None = None

@@ -66,6 +66,7 @@ def read_to_message(request_id: int, group: ReadGroup) -> pb.ReadGroup:
         first_entry=group.first_entry,
         last_entry=group.last_entry,
         max_bytes=group.max_bytes,
+        headers_only=group.headers_only,
     )
 
 
@@ -78,6 +79,7 @@ def read_from_message(message: pb.ReadGroup, token: bytes) -> ReadGroup:
         message.last_entry,
         message.fence,
         message.max_bytes,
+        message.headers_only,
     )
 
 

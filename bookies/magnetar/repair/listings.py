@@ -23,6 +23,8 @@ from magnetar.repair.operation_txns import StoredOperation
 from magnetar.repair.planner import Snapshot
 
 PAGE_KEYS = 1_000
+MOVE_PAGES = 8
+"""A page of moves takes some hundred kilobytes at most."""
 
 
 @dataclass(slots=True)
@@ -35,7 +37,7 @@ class Cluster:
     sessions: dict[str, int] = field(default_factory=dict)
     draining: set[str] = field(default_factory=set)
     given_up: set[str] = field(default_factory=set)
-    settings: RepairSettings = RepairSettings()
+    settings: RepairSettings = field(default_factory=RepairSettings)
     tasks: list[StoredTask] = field(default_factory=list)
 
     def snapshot(self) -> Snapshot:
@@ -82,7 +84,8 @@ class Listings:
     async def pages(self, operation_id: str) -> list[tuple[tuple[Move, ...], int]]:
         """The moves of each page, and the revision of its key."""
         prefix = self._keyspace.moves_prefix(operation_id)
-        return [(decode_moves(item.value), item.mod_revision) async for item in self._under(prefix)]
+        found = self._under(prefix, MOVE_PAGES)
+        return [(decode_moves(item.value), item.mod_revision) async for item in found]
 
     async def moves(self, operation_id: str) -> list[Move]:
         return [move for moves, _ in await self.pages(operation_id) for move in moves]
@@ -107,14 +110,12 @@ class Listings:
             changed[record.ledger_id] = item.mod_revision
             if item.mod_revision > cluster.revision:
                 busy.setdefault(record.ledger_id, "it changed while the plan was made")
-        return Snapshot(
-            cluster.revision, cluster.bookies, cluster.sessions, ledgers, changed, cluster.draining, busy
-        )
+        return Snapshot(cluster.revision, cluster.bookies, cluster.sessions, ledgers, changed, cluster.draining, busy)
 
-    async def _under(self, prefix: str) -> AsyncIterator[KeyValue]:
+    async def _under(self, prefix: str, limit: int = PAGE_KEYS) -> AsyncIterator[KeyValue]:
         after = ""
         while True:
-            page = await self._store.range(prefix, after=after, limit=PAGE_KEYS)
+            page = await self._store.range(prefix, after=after, limit=limit)
             for item in page.items:
                 yield item
             if not page.more:

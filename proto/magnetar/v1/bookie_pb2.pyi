@@ -98,7 +98,7 @@ class ReadEntriesRequest(_message.Message):
     def __init__(self, hello: _Optional[_Union[_common_pb2.Hello, _Mapping]] = ..., groups: _Optional[_Iterable[_Union[ReadGroup, _Mapping]]] = ...) -> None: ...
 
 class ReadGroup(_message.Message):
-    __slots__ = ("request_id", "ledger_id", "epoch", "token", "fence", "first_entry", "last_entry", "max_bytes")
+    __slots__ = ("request_id", "ledger_id", "epoch", "token", "fence", "first_entry", "last_entry", "max_bytes", "headers_only")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     LEDGER_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -107,6 +107,7 @@ class ReadGroup(_message.Message):
     FIRST_ENTRY_FIELD_NUMBER: _ClassVar[int]
     LAST_ENTRY_FIELD_NUMBER: _ClassVar[int]
     MAX_BYTES_FIELD_NUMBER: _ClassVar[int]
+    HEADERS_ONLY_FIELD_NUMBER: _ClassVar[int]
     request_id: int
     ledger_id: int
     epoch: int
@@ -115,7 +116,8 @@ class ReadGroup(_message.Message):
     first_entry: int
     last_entry: int
     max_bytes: int
-    def __init__(self, request_id: _Optional[int] = ..., ledger_id: _Optional[int] = ..., epoch: _Optional[int] = ..., token: _Optional[bytes] = ..., fence: bool = ..., first_entry: _Optional[int] = ..., last_entry: _Optional[int] = ..., max_bytes: _Optional[int] = ...) -> None: ...
+    headers_only: bool
+    def __init__(self, request_id: _Optional[int] = ..., ledger_id: _Optional[int] = ..., epoch: _Optional[int] = ..., token: _Optional[bytes] = ..., fence: bool = ..., first_entry: _Optional[int] = ..., last_entry: _Optional[int] = ..., max_bytes: _Optional[int] = ..., headers_only: bool = ...) -> None: ...
 
 class ReadEntriesResponse(_message.Message):
     __slots__ = ("hello", "results", "error")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from magnetar.broker.follow import Follower
 from magnetar.broker.layout import preferred_broker
 from magnetar.metadata.codec import decode_broker
+from magnetar.metadata.follow import Follower
 from magnetar.metadata.keyspace import Keyspace
 from magnetar.metadata.records import Owner
 from magnetar.metadata.store import Change, KeyValue, MetadataStore

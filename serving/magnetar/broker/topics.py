@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 
 from magnetar.broker import layout
 from magnetar.broker.dedup import named_producer_id
-from magnetar.broker.follow import Follower
 from magnetar.broker.layout import SHARDS_MAX
 from magnetar.broker.refusals import RETRY_AFTER_MS, subscription_not_found, topic_going, topic_name, topic_not_found
 from magnetar.metadata.codec import (
@@ -24,6 +23,7 @@ from magnetar.metadata.codec import (
     encode_subscription,
     encode_topic,
 )
+from magnetar.metadata.follow import Follower
 from magnetar.metadata.ids import IdBlocks
 from magnetar.metadata.keyspace import COUNTER_SHARD, COUNTER_SUBSCRIPTION, Keyspace
 from magnetar.metadata.records import (
