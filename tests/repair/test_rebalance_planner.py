@@ -267,7 +267,7 @@ def racks_of(record: LedgerRecord, bookies: Mapping[str, BookieRegistration]) ->
     return [len({bookies[b].rack for b in fragment.bookies if b in bookies}) for fragment in record.fragments]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(clusters(), st.sampled_from(Goal), st.none() | st.integers(0, 10 << 30))
 def test_every_plan_keeps_what_plans_keep(start: Snapshot, goal: Goal, max_bytes: int | None) -> None:
     found = plan(start, goal, max_bytes=max_bytes)
@@ -288,7 +288,7 @@ def test_every_plan_keeps_what_plans_keep(start: Snapshot, goal: Goal, max_bytes
     assert objections(start, found.moves, REVISION) == []
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(clusters(), st.sampled_from(Goal))
 def test_each_move_brings_the_cluster_nearer_to_even_by_what_it_moves(start: Snapshot, goal: Goal) -> None:
     found = plan(start, goal)

@@ -17,7 +17,15 @@ from magnetar.metadata.codec import (
 )
 from magnetar.metadata.copy_txns import Stored, StoredTask
 from magnetar.metadata.keyspace import Keyspace
-from magnetar.metadata.records import BookieRegistration, LedgerRecord, Move, MoveState, Operation, RepairSettings
+from magnetar.metadata.records import (
+    BookieRegistration,
+    CopyTask,
+    LedgerRecord,
+    Move,
+    MoveState,
+    OperationState,
+    RepairSettings,
+)
 from magnetar.metadata.store import KeyValue, MetadataStore
 from magnetar.repair.operation_txns import StoredOperation
 from magnetar.repair.planner import Snapshot
@@ -99,9 +107,13 @@ class Listings:
         """Everything that a plan is made of."""
         cluster = await self.cluster()
         busy = {one.task.ledger_id: "a copy of it is to be made" for one in cluster.tasks}
+        under_way = {one.task.ledger_id: _move_of(one.task) for one in cluster.tasks if one.task.target}
         for stored in await self.operations():
-            if not stored.operation.ended_us:
-                busy |= _busy(stored.operation, await self.moves(stored.operation.operation_id))
+            name = stored.operation.operation_id
+            if stored.operation.state in (OperationState.RUNNING, OperationState.PAUSED):
+                pending = [move for move in await self.moves(name) if move.state is MoveState.PENDING]
+                busy |= {move.ledger_id: f"{name} moves it" for move in pending}
+                under_way |= {move.ledger_id: move for move in pending}
         ledgers: list[LedgerRecord] = []
         changed: dict[int, int] = {}
         async for item in self._under(self._keyspace.ledgers_prefix()):
@@ -110,7 +122,9 @@ class Listings:
             changed[record.ledger_id] = item.mod_revision
             if item.mod_revision > cluster.revision:
                 busy.setdefault(record.ledger_id, "it changed while the plan was made")
-        return Snapshot(cluster.revision, cluster.bookies, cluster.sessions, ledgers, changed, cluster.draining, busy)
+        return Snapshot(
+            cluster.revision, cluster.bookies, cluster.sessions, ledgers, changed, cluster.draining, busy, under_way
+        )
 
     async def _under(self, prefix: str, limit: int = PAGE_KEYS) -> AsyncIterator[KeyValue]:
         after = ""
@@ -123,6 +137,5 @@ class Listings:
             after = page.items[-1].key
 
 
-def _busy(operation: Operation, moves: list[Move]) -> dict[int, str]:
-    name = operation.operation_id
-    return {move.ledger_id: f"{name} moves it" for move in moves if move.state is MoveState.PENDING}
+def _move_of(task: CopyTask) -> Move:
+    return Move(task.ledger_id, task.place, task.target, 0)

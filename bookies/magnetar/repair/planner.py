@@ -54,6 +54,7 @@ class Snapshot:
     changed    the revision at which each ledger's record was last changed
     draining   bookies that an operator wants to be empty
     busy       ledgers that somebody moves or completes, each with who it is, in words
+    under_way  of these the moves whose end is known: loads count as if they were done
     """
 
     revision: int
@@ -63,6 +64,7 @@ class Snapshot:
     changed: Mapping[int, int]
     draining: Collection[str] = ()
     busy: Mapping[int, str] = field(default_factory=dict)
+    under_way: Mapping[int, Move] = field(default_factory=dict)
 
     def is_counted(self, bookie_id: str) -> bool:
         bookie = self.bookies.get(bookie_id)
@@ -164,7 +166,7 @@ class _Balance:
         counted = [name for name in snapshot.bookies if snapshot.is_counted(name)]
         self.loads = dict.fromkeys(counted, 0.0)
         for record in snapshot.ledgers:
-            for bookie, size_bytes in record.bytes_held().items():
+            for bookie, size_bytes in _held_soon(snapshot, record).items():
                 if bookie in self.loads and size_bytes:
                     self.loads[bookie] += self._unit(size_bytes)
         self.even = _even_shares(snapshot.bookies, self.loads, goal)
@@ -223,6 +225,14 @@ class _Balance:
         self.loads[move.target] += self._unit(move.size_bytes)
         self.room[move.target] -= move.size_bytes
         self._under = None
+
+
+def _held_soon(snapshot: Snapshot, record: LedgerRecord) -> dict[str, int]:
+    held = record.bytes_held()
+    move = snapshot.under_way.get(record.ledger_id)
+    if move is not None and move.source in held:
+        held[move.target] = held.get(move.target, 0) + held.pop(move.source)
+    return held
 
 
 def _even_shares(bookies: Mapping[str, BookieRegistration], loads: Mapping[str, float], goal: Goal) -> dict[str, float]:

@@ -40,11 +40,14 @@ log = structlog.get_logger("magnetar.repair")
 class Runner:
     """See the module. `run` it while this process is elected."""
 
-    def __init__(self, store: MetadataStore, keyspace: Keyspace, *, now_us: Callable[[], int]) -> None:
+    def __init__(
+        self, store: MetadataStore, keyspace: Keyspace, *, now_us: Callable[[], int], pass_s: float = PASS_S
+    ) -> None:
         self._store = store
         self._keyspace = keyspace
         self._listings = Listings(store, keyspace)
         self._now_us = now_us
+        self._pass_s = pass_s
         self._running: dict[str, _Held] = {}
         self._changed = asyncio.Event()
 
@@ -97,7 +100,7 @@ class Runner:
         cluster = await self._listings.cluster()
         for stored in live:
             await self._advance(stored, cluster, leader)
-        return PASS_PAUSED_S if all(one.operation.state is OperationState.PAUSED for one in live) else PASS_S
+        return PASS_PAUSED_S if all(one.operation.state is OperationState.PAUSED for one in live) else self._pass_s
 
     async def _advance(self, stored: StoredOperation, cluster: Cluster, leader: Compare) -> None:
         held = self._running.get(_name(stored))
