@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from magnetar.metadata.backoff import Backoff
 from magnetar.metadata.copy_txns import CopyTxn
@@ -81,7 +81,7 @@ class Orders:
             if found:
                 changed = "; ".join(found)
                 raise OrderRefused(f"the plan holds no more, plan again: {changed}")
-            return moves, ()
+            return _sized(snapshot, moves), ()
 
         return await self._begin(goal, revision, bytes_per_s, mark, "", check, dry_run)
 
@@ -138,6 +138,13 @@ class Orders:
         """One operation with its moves. Raises UnknownOperation."""
         stored = await self._existing(operation_id)
         return Ordered(stored.operation, tuple(await self._listings.moves(operation_id)))
+
+    async def newest(self) -> Ordered:
+        """The operation that was begun last. Raises OrderRefused if there is none."""
+        operations = await self.operations()
+        if not operations:
+            raise OrderRefused("nothing was ever rebalanced here: `magnetar rebalance plan` says what there is to do")
+        return await self.operation(operations[-1].operation_id)
 
     async def _begin(
         self,
@@ -197,6 +204,12 @@ def _check_changeable(operation: Operation, state: OperationState | None) -> Non
             f"the operation is {operation.state.name.lower()}, nothing about it can be changed any more "
             f"operation=`{operation.operation_id}`"
         )
+
+
+def _sized(snapshot: Snapshot, moves: Sequence[Move]) -> list[Move]:
+    """With the bytes that the records tell, whatever a saved plan says."""
+    held = {record.ledger_id: record.bytes_held() for record in snapshot.ledgers}
+    return [replace(move, size_bytes=held[move.ledger_id].get(move.source, 0)) for move in moves]
 
 
 def _possible(snapshot: Snapshot, moves: Sequence[Move]) -> tuple[list[Move], tuple[str, ...]]:

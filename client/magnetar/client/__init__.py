@@ -41,6 +41,7 @@ from magnetar.client.errors import (
     MagnetarError,
     MessageTooLarge,
     NotAuthorized,
+    OrderRefused,
     ProducerFenced,
     QueueFull,
     RetriableError,
@@ -50,6 +51,15 @@ from magnetar.client.errors import (
 from magnetar.client.message import Message, MessageBatch, MessageId
 from magnetar.client.positions import EARLIEST, LATEST, Edge, Position
 from magnetar.client.producer import Producer
+from magnetar.client.rebalancing import (
+    BookieShare,
+    BookieTraffic,
+    LedgerVerification,
+    RebalanceMove,
+    RebalanceOperation,
+    RebalancePlan,
+    RebalanceVerification,
+)
 from magnetar.client.receipts import Acknowledgement, MessageIds, Receipt
 
 __all__ = [
@@ -60,6 +70,8 @@ __all__ = [
     "AlreadyExists",
     "Batching",
     "BookieDescription",
+    "BookieShare",
+    "BookieTraffic",
     "BrokerDescription",
     "Client",
     "ClientClosed",
@@ -74,6 +86,7 @@ __all__ = [
     "InvalidArgument",
     "LedgerDescription",
     "LedgerNotFound",
+    "LedgerVerification",
     "MagnetarError",
     "Message",
     "MessageBatch",
@@ -81,12 +94,17 @@ __all__ = [
     "MessageIds",
     "MessageTooLarge",
     "NotAuthorized",
+    "OrderRefused",
     "Position",
     "Producer",
     "ProducerFenced",
     "QueueConsumer",
     "QueueFull",
     "Reader",
+    "RebalanceMove",
+    "RebalanceOperation",
+    "RebalancePlan",
+    "RebalanceVerification",
     "Receipt",
     "RetriableError",
     "SegmentDescription",

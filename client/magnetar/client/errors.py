@@ -11,6 +11,7 @@
     ├── LedgerNotFound
     ├── AlreadyExists
     ├── NotAuthorized
+    ├── OrderRefused              not as things stand: the message says why, and what to change
     ├── ProducerFenced            a newer connection holds the producer's name: stop this one
     ├── EndOfTopic                a reader with stop=LATEST has given everything
     ├── ConsumerBusy              the subscription has another type, or its consumers another order: use another name
@@ -79,6 +80,10 @@ class AlreadyExists(MagnetarError):
 
 class NotAuthorized(MagnetarError):
     """These credentials do not allow it."""
+
+
+class OrderRefused(MagnetarError):
+    """What an administrator orders cannot be as things stand. Nothing was changed."""
 
 
 class ProducerFenced(MagnetarError):

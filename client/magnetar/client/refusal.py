@@ -13,6 +13,7 @@ from magnetar.client.errors import (
     MagnetarError,
     MessageTooLarge,
     NotAuthorized,
+    OrderRefused,
     ProducerFenced,
     RetriableError,
     SubscriptionNotFound,
@@ -41,6 +42,7 @@ _PUBLIC: Mapping[int, type[MagnetarError]] = {
     common_pb2.ERROR_REASON_NOT_AUTHORIZED: NotAuthorized,
     common_pb2.ERROR_REASON_UNSUPPORTED_VERSION: MagnetarError,
     common_pb2.ERROR_REASON_OFFSET_TRIMMED: InvalidArgument,
+    common_pb2.ERROR_REASON_REFUSED: OrderRefused,
 }
 """Final ones. Every other reason passes: reconnect, resolve again, wait."""
 

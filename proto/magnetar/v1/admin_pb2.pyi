@@ -1,4 +1,5 @@
 from magnetar.v1 import metadata_pb2 as _metadata_pb2
+from magnetar.v1 import rebalance_pb2 as _rebalance_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message

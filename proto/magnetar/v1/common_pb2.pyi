@@ -28,6 +28,7 @@ class ErrorReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     ERROR_REASON_UNSUPPORTED_VERSION: _ClassVar[ErrorReason]
     ERROR_REASON_OFFSET_TRIMMED: _ClassVar[ErrorReason]
     ERROR_REASON_INTERNAL: _ClassVar[ErrorReason]
+    ERROR_REASON_REFUSED: _ClassVar[ErrorReason]
 ERROR_REASON_UNSPECIFIED: ErrorReason
 ERROR_REASON_MALFORMED: ErrorReason
 ERROR_REASON_INVALID_ARGUMENT: ErrorReason
@@ -47,6 +48,7 @@ ERROR_REASON_PROTOCOL_VIOLATION: ErrorReason
 ERROR_REASON_UNSUPPORTED_VERSION: ErrorReason
 ERROR_REASON_OFFSET_TRIMMED: ErrorReason
 ERROR_REASON_INTERNAL: ErrorReason
+ERROR_REASON_REFUSED: ErrorReason
 
 class Hello(_message.Message):
     __slots__ = ("protocol_min", "protocol_max", "features", "name", "credential")

@@ -24,6 +24,7 @@ import structlog
 from prometheus_client import CollectorRegistry
 
 from magnetar.broker.admin import Admin
+from magnetar.broker.admin_rebalance import Rebalancing
 from magnetar.broker.budget import ByteBudget
 from magnetar.broker.cluster_view import ClusterView
 from magnetar.broker.consume import consume
@@ -150,6 +151,7 @@ class Broker:
         self.peers = peers
         self._members = Members(store, keyspace)
         self._admin = Admin(self, store, keyspace, bookies, now_us, rng)
+        self._rebalancing = Rebalancing(self.topics, store, keyspace, bookies, now_us, rng)
         self._openings = itertools.count(1)
         self._streams = 0
         self._going: dict[str, None] = {}
@@ -285,7 +287,7 @@ class Broker:
             "Produce": self._streaming("produce", self._produce),
             "Consume": self._streaming("consume", self._consume),
         }
-        methods = {**admin.methods(), **self._members.methods()}
+        methods = {**admin.methods(), **self._members.methods(), **self._rebalancing.methods()}
         admin_methods = {name: self._unary(method) for name, method in methods.items()}
         return [
             Service(broker_pb2.DESCRIPTOR.services_by_name["BrokerService"], broker_methods),
