@@ -17,20 +17,31 @@ from magnetar.bookie.memory import MemoryEntryStore
 from magnetar.bookie.rocksdb import RocksEntryStore
 from magnetar.ledger.bookie_directory import BookieDirectory, Unreachable
 from magnetar.ledger.bookie_rpc import AddGroup, AddStatus, BookieRpc, LacQuery, ReadGroup
-from magnetar.metadata.codec import decode_copy, decode_ledger, encode_copy, encode_ledger
+from magnetar.metadata.codec import (
+    decode_copy,
+    decode_ledger,
+    decode_loss,
+    encode_copy,
+    encode_drain,
+    encode_ledger,
+    encode_repair,
+)
 from magnetar.metadata.keyspace import Keyspace
 from magnetar.metadata.memory import MemoryStore
 from magnetar.metadata.records import (
     BookieRegistration,
     CopyReason,
     CopyTask,
+    Drain,
     Fragment,
     LedgerPurpose,
     LedgerRecord,
     LedgerState,
+    RepairSettings,
 )
-from magnetar.metadata.store import Operation, Put
+from magnetar.metadata.store import Delete, Operation, Put
 from magnetar.node.settings import BookieSettings
+from magnetar.repair.auditor import Auditor
 from magnetar.repair.metrics import RepairMetrics
 from magnetar.repair.replicator import Replicator
 from magnetar.wire.envelope import encode
@@ -81,13 +92,21 @@ class RepairWorld:
         self.bookies: dict[str, Bookie] = {}
         self.stores: dict[str, EntryStore] = {}
         self.replicators: dict[str, Replicator] = {}
+        self.auditors: list[Auditor] = []
         self.silenced: set[str] = set()
+        self._locals: dict[str, tuple[Bookie, BookieRpc]] = {}
         self.now_us = 1_000_000_000_000_000
         self.directory = BookieDirectory(self.store, self.keyspace, self._connect)
         self.registry = CollectorRegistry()
 
     def _connect(self, registration: BookieRegistration) -> BookieRpc:
         return Switched(self, registration.bookie_id)
+
+    def local(self, name: str) -> BookieRpc:
+        bookie = self.bookies[name]
+        if name not in self._locals or self._locals[name][0] is not bookie:
+            self._locals[name] = (bookie, bookie.local())
+        return self._locals[name][1]
 
     async def start(self, names: Sequence[str], *, rocksdb: bool = False, replicate: bool = True) -> None:
         await self.directory.start()
@@ -121,7 +140,7 @@ class RepairWorld:
     def start_replicator(self, name: str) -> Replicator:
         replicator = Replicator(
             name,
-            self.bookies[name].local(),
+            self.local(name),
             self.directory,
             self.store,
             self.keyspace,
@@ -139,7 +158,41 @@ class RepairWorld:
         await self.bookies.pop(name).stop()
         await self.until(lambda: name not in {b.bookie_id for b in self.directory.registered()}, f"{name} is gone")
 
+    def start_auditor(self, candidate: str = "auditor") -> Auditor:
+        auditor = Auditor(
+            candidate,
+            self.store,
+            self.keyspace,
+            RepairMetrics.of(self.registry),
+            now_us=lambda: self.now_us,
+            rng=random.Random(candidate),
+        )
+        auditor.start()
+        self.auditors.append(auditor)
+        return auditor
+
+    def pass_time(self, seconds: float) -> None:
+        self.now_us += int(seconds * 1_000_000)
+        for auditor in self.auditors:
+            auditor._changed.set()
+
+    async def set_repair(self, settings: RepairSettings) -> None:
+        await self.store.txn([], [Put(self.keyspace.repair(), encode_repair(settings))])
+
+    async def drain(self, name: str) -> None:
+        await self.store.txn([], [Put(self.keyspace.drain(name), encode_drain(Drain(name, self.now_us)))])
+
+    async def undrain(self, name: str) -> None:
+        await self.store.txn([], [Delete(self.keyspace.drain(name))])
+
+    async def losses(self) -> dict[str, bool]:
+        """Lost bookies, and whether each was given up."""
+        items = (await self.store.range(self.keyspace.losses_prefix())).items
+        return {loss.bookie_id: loss.given_up for loss in (decode_loss(item.value) for item in items)}
+
     async def close(self) -> None:
+        for auditor in self.auditors:
+            await auditor.stop()
         for name in list(self.bookies):
             if name in self.replicators:
                 await self.replicators.pop(name).stop()
@@ -164,7 +217,7 @@ class RepairWorld:
     async def add(self, name: str, record: LedgerRecord, entries: Sequence[bytes]) -> None:
         for start in range(0, len(entries), 100):
             group = AddGroup(record.ledger_id, record.epoch, record.token, tuple(entries[start : start + 100]))
-            assert (await self.bookies[name].local().add(group)).status is AddStatus.OK
+            assert (await self.local(name).add(group)).status is AddStatus.OK
 
     async def put_record(self, record: LedgerRecord) -> None:
         keys = self.keyspace
@@ -185,11 +238,11 @@ class RepairWorld:
     async def copies(self, record: LedgerRecord) -> dict[str, list[bytes | None]]:
         """What each bookie that runs has of the ledger."""
         found: dict[str, list[bytes | None]] = {}
-        for name, bookie in self.bookies.items():
+        for name in self.bookies:
             entries: list[bytes | None] = []
             while len(entries) <= record.last_entry:
                 read = ReadGroup(record.ledger_id, record.epoch, record.token, len(entries), record.last_entry)
-                entries += [answer.entry for answer in (await bookie.local().read(read)).answers]
+                entries += [answer.entry for answer in (await self.local(name).read(read)).answers]
             found[name] = entries
         return found
 
@@ -254,10 +307,9 @@ class Switched:
         self.bookie_id = bookie_id
 
     def _to(self) -> BookieRpc:
-        bookie = self._world.bookies.get(self.bookie_id)
-        if bookie is None or self.bookie_id in self._world.silenced:
+        if self.bookie_id not in self._world.bookies or self.bookie_id in self._world.silenced:
             return Unreachable(self.bookie_id)
-        return bookie.local()
+        return self._world.local(self.bookie_id)
 
     def add(self, group: AddGroup) -> Any:
         return self._to().add(group)

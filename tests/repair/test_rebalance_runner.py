@@ -38,7 +38,7 @@ class Rebalanced:
 
     async def start_runner(self) -> None:
         runner = Runner(self.world.store, self.world.keyspace, now_us=self.now_us, pass_s=0.02)
-        self._runner = asyncio.create_task(runner.run(self.still_leader))
+        self._runner = asyncio.create_task(runner.run(self.still_leader()))
 
     def still_leader(self) -> Compare:
         return exists(self.world.keyspace.ledgers_prefix() + "0" * 15 + "8")

@@ -169,7 +169,7 @@ async def test_a_copier_that_wakes_up_after_its_copy_was_given_to_another_change
     await world.start("abcde", replicate=False)
     await world.put_ledger(closed_ledger(5, 20, (0, ("a", "b", "c"))))
     await world.put_task(5, "a", "d")
-    held = HeldAdds(world.bookies["d"].local())
+    held = HeldAdds(world.local("d"))
     sleeper = world.start_replicator("d")
     sleeper._target = held  # type: ignore[assignment]
     await held.asked.wait()
@@ -252,7 +252,7 @@ async def test_nothing_is_begun_while_repair_is_switched_off(world: RepairWorld)
 async def test_a_target_that_refuses_leaves_the_record_as_it_was(world: RepairWorld, status: AddStatus) -> None:
     await world.start("abcd", replicate=False)
     await world.put_ledger(closed_ledger(5, 20, (0, ("a", "b", "c"))))
-    target: Any = HeldAdds(world.bookies["d"].local())
+    target: Any = HeldAdds(world.local("d"))
 
     async def refuse(group: AddGroup) -> AddResult:
         return AddResult(status, "as it is")

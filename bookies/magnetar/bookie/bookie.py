@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -32,9 +32,10 @@ from magnetar.bookie.reads import Reads
 from magnetar.bookie.rocksdb import MEMTABLE_SHARE, RocksEntryStore
 from magnetar.bookie.service import BookieService
 from magnetar.metadata.codec import encode_bookie
+from magnetar.metadata.follow import Follower
 from magnetar.metadata.keyspace import Keyspace
 from magnetar.metadata.records import BookieRegistration, BookieState
-from magnetar.metadata.store import MetadataStore, MetadataUnavailable
+from magnetar.metadata.store import Change, KeyValue, MetadataStore, MetadataUnavailable
 from magnetar.node.lifecycle import Stack
 from magnetar.node.registration import IdInUse, Registration
 from magnetar.node.rpc import serve
@@ -85,7 +86,9 @@ class Bookie:
         # What one group and the flush of one memtable may write, between two looks at the disk.
         reserve_bytes = settings.memory_bytes // MEMTABLE_SHARE + GROUP_BYTES_MAX
         self._disk = DiskState(settings.read_only_at, settings.writable_at, reserve_bytes)
-        self._disk_changed = asyncio.Event()
+        self._state_changed = asyncio.Event()
+        self._draining = False
+        self._drain = Follower(metadata, keyspace.drain(settings.id), self._drain_listed, self._drain_changed)
         self._registered_state: BookieState | None = None
         self._metrics = BookieMetrics(registry, settings.id)
         self._commits = GroupCommit(
@@ -164,6 +167,9 @@ class Bookie:
 
     @property
     def state(self) -> BookieState:
+        """A full disk says more than a drain: both keep new ledgers away."""
+        if self._disk.state is BookieState.WRITABLE and self._draining:
+            return BookieState.DRAINING
         return self._disk.state
 
     @property
@@ -184,7 +190,7 @@ class Bookie:
             bookie_id=self.settings.id,
             address=self._address,
             rack=self.settings.rack,
-            state=self._disk.state,
+            state=self.state,
             disk_free_bytes=self._disk.usage.free_bytes,
             disk_total_bytes=self._disk.usage.total_bytes,
             ledger_floor=self.identity.limbo_floor,
@@ -193,9 +199,9 @@ class Bookie:
         )
 
     async def check_disk(self) -> None:
-        """Measures the disk; a change of state goes into the registration at once."""
+        """Measures the disk; a change of state, also by a drain, goes into the registration at once."""
         self._disk.update(self._gauge())
-        self._disk_changed.clear()
+        self._state_changed.clear()
         usage = self._store.usage()
         metrics = self._metrics
         metrics.disk_free_bytes.set(self._disk.usage.free_bytes)
@@ -203,8 +209,8 @@ class Bookie:
         metrics.garbage_bytes.set(usage.garbage_bytes)
         metrics.read_only.set(self._disk.state is BookieState.READ_ONLY)
         metrics.limbo.set(self.identity.limbo_floor > 0)
-        if self._registered_state not in (None, self._disk.state):
-            log.warning("disk state changed", bookie=self.id, state=self._disk.state.name)
+        if self._registered_state not in (None, self.state):
+            log.warning("bookie's state changed", bookie=self.id, state=self.state.name)
             await self._report()
 
     async def collect(self) -> None:
@@ -221,6 +227,8 @@ class Bookie:
         if serve_grpc:
             await self._serve()
         await self.check_disk()
+        await self._drain.start()
+        self._stack.push("drain", self._drain.close)
         await self._register()
         for name, work in (("disk", self._watch_disk), ("collector", self._collect_for_ever)):
             task = asyncio.create_task(self._own(name, work), name=f"bookie {self.id} {name}")
@@ -245,6 +253,19 @@ class Bookie:
         except IdInUse as error:
             raise BookieRefusal(str(error)) from None
 
+    def _drain_listed(self, items: Sequence[KeyValue]) -> None:
+        # The prefix holds the keys of bookies whose names begin like this one's, too.
+        self._set_draining(any(item.key == self._keyspace.drain(self.id) for item in items))
+
+    def _drain_changed(self, changes: Sequence[Change]) -> None:
+        for change in changes:
+            if change.key == self._keyspace.drain(self.id):
+                self._set_draining(change.current is not None)
+
+    def _set_draining(self, draining: bool) -> None:
+        self._draining = draining
+        self._state_changed.set()
+
     async def _close_locals(self) -> None:
         for bookie in self._locals:
             bookie.close()
@@ -266,7 +287,7 @@ class Bookie:
         while True:
             with suppress(TimeoutError):
                 async with asyncio.timeout(DISK_CHECK_S):
-                    await self._disk_changed.wait()
+                    await self._state_changed.wait()
             await self.check_disk()
             if loop.time() >= report_at:
                 report_at = loop.time() + DISK_REPORT_S
@@ -290,7 +311,7 @@ class Bookie:
         before = self._disk.state
         self._disk.update(self._gauge())
         if self._disk.state is not before:
-            self._disk_changed.set()
+            self._state_changed.set()
         return Conditions(
             floor=self.identity.limbo_floor,
             read_only=self._disk.state is BookieState.READ_ONLY,
@@ -308,7 +329,7 @@ class Bookie:
         usage = self._store.usage()
         return pb.StatusResponse(
             bookie_id=self.id,
-            state=self._disk.state.value,  # type: ignore[arg-type]
+            state=self.state.value,  # type: ignore[arg-type]
             disk_free_bytes=self._disk.usage.free_bytes,
             disk_total_bytes=self._disk.usage.total_bytes,
             stored_bytes=usage.stored_bytes,

@@ -34,7 +34,7 @@ class RepairMetrics:
         self.under_replicated = gauge(
             "under_replicated_ledgers", "closed ledgers with fewer copies than they should have, as of the last audit"
         )
-        self.audit_age = gauge("audit_age_seconds", "time since the last complete audit by this process")
+        self.last_audit = gauge("last_audit_timestamp_seconds", "when this process last audited completely, 0 = never")
 
     @classmethod
     def of(cls, registry: CollectorRegistry) -> RepairMetrics:

@@ -51,8 +51,8 @@ class Runner:
         self._running: dict[str, _Held] = {}
         self._changed = asyncio.Event()
 
-    async def run(self, still_leader: Callable[[], Compare]) -> None:
-        """Until it is cancelled. What goes wrong with an operation is logged, and tried again."""
+    async def run(self, leader: Compare) -> None:
+        """Until it is cancelled; `leader` holds while nobody else is elected. What goes wrong is tried again."""
         follower = Follower(self._store, self._keyspace.operations_prefix(), self._listed, self._told)
         self._running.clear()
         try:
@@ -63,7 +63,7 @@ class Runner:
                 except MetadataUnavailable:
                     await asyncio.sleep(RETRY_S)
             while True:
-                await self._wait(await self._pass_in_time(still_leader))
+                await self._wait(await self._pass_in_time(leader))
         finally:
             await follower.close()
 
@@ -81,10 +81,10 @@ class Runner:
             await self._changed.wait()
         self._changed.clear()
 
-    async def _pass_in_time(self, still_leader: Callable[[], Compare]) -> float | None:
+    async def _pass_in_time(self, leader: Compare) -> float | None:
         """One pass over all; returns after how long the next one is due, None: when something is ordered."""
         try:
-            return await self._pass(still_leader())
+            return await self._pass(leader)
         except (MetadataUnavailable, DamagedRecord) as reason:
             log.warning("rebalancing waits", reason=str(reason))
         except Exception:

@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 
 from magnetar.metadata.codec import encode_copy, encode_ledger
 from magnetar.metadata.keyspace import Keyspace
-from magnetar.metadata.records import NO_ENTRY, VACANT, CopyClaim, CopyTask, Fragment, LedgerRecord
+from magnetar.metadata.records import CopyClaim, CopyTask, Fragment, LedgerRecord
 from magnetar.metadata.store import Compare, Delete, Operation, Put, unchanged
 
 
@@ -157,11 +157,14 @@ def give_up(keyspace: Keyspace, ledger: Stored, task: StoredTask, successor: Cop
     return CopyTxn([_same(keyspace, ledger), _same_task(keyspace, task)], operations)
 
 
-def completion(task: CopyTask) -> CopyTask | None:
-    """What is left to do if the place keeps its part: what it is known to miss. None = nothing."""
-    if task.last_entry == NO_ENTRY or task.place == VACANT:
-        return None
-    return replace(task, target=task.place, operation="", problem="")
+def drop_stray_claim(keyspace: Keyspace, ledger: Stored) -> CopyTxn:
+    """A claim beside which no task stands. None of these transactions leaves one."""
+    old = ledger.record
+    assert old.copy is not None
+    new = replace(old, copy=None)
+    compares = [_same(keyspace, ledger), unchanged(keyspace.copy(old.ledger_id, old.copy.replaces), 0)]
+    operations: list[Operation] = [Put(keyspace.ledger(old.ledger_id), encode_ledger(new))]
+    return CopyTxn(compares, operations + _index_changes(keyspace, old, new))
 
 
 def _index_changes(keyspace: Keyspace, old: LedgerRecord, new: LedgerRecord) -> list[Operation]:

@@ -6,10 +6,12 @@ from collections.abc import Callable
 
 from magnetar.bookie.bookie import Bookie
 from magnetar.bookie.cookies import BookieRefusal, repair_identity
+from magnetar.cli.roles.connections import bookie_directory
 from magnetar.cli.roles.process import Ready, RoleRefused, join, run_role, start_http
 from magnetar.node.lifecycle import Stack
 from magnetar.node.settings import BookieSettings
 from magnetar.node.telemetry import new_registry
+from magnetar.repair.workers import RepairWorkers
 
 
 def run_bookie(settings: BookieSettings, on_ready: Callable[[Ready], None], repair_bookie: str | None = None) -> None:
@@ -43,4 +45,8 @@ async def _start(settings: BookieSettings, repair_bookie: str | None, parts: Sta
     bookie = await Bookie.start(settings, store, keyspace, registry=registry, http_address=http)
     parts.push("bookie", bookie.stop)
     started.append(bookie)
+    directory = await bookie_directory(settings.cluster, store, keyspace, parts)
+    workers = RepairWorkers(settings.id, bookie.local(), directory, store, keyspace, registry)
+    workers.start()
+    parts.push("repair", workers.stop)
     return Ready("bookie", settings.id, bookie.address, http, settings.cluster)

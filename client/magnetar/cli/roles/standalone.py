@@ -29,6 +29,7 @@ from magnetar.node.rpc import ListenError
 from magnetar.node.settings import MIB, BookieSettings, BrokerSettings
 from magnetar.node.settings_loading import SettingsError, make_settings
 from magnetar.node.telemetry import HttpServer, configure_logging, new_registry
+from magnetar.repair.workers import RepairWorkers
 
 CLUSTER = "standalone"
 ENSEMBLE_MAX = 3
@@ -115,6 +116,10 @@ async def _start(standalone: Standalone, parts: lifecycle.Stack) -> Ready:
     directory = BookieDirectory(store, keyspace, connect)
     await directory.start()
     parts.push("bookie directory", directory.stop)
+    for bookie in bookies.values():
+        workers = RepairWorkers(bookie.id, bookie.local(), directory, store, keyspace, registry)
+        workers.start()
+        parts.push(f"repair by {bookie.id}", workers.stop)
 
     write_quorum = min(ENSEMBLE_MAX, count)
     settings = make_settings(
