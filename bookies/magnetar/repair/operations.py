@@ -268,7 +268,10 @@ class RunningOperation:
 
     def _end(self, now_us: int) -> None:
         state = OperationState.CANCELLED if self._is_cancelled() else OperationState.DONE
-        self.operation = replace(self.operation, state=state, updated_us=now_us, ended_us=now_us, rate=0, problems=())
+        rate = self.operation.bytes_done * 1_000_000 // max(1, now_us - self.operation.created_us)
+        self.operation = replace(
+            self.operation, state=state, updated_us=now_us, ended_us=now_us, rate=max(0, rate), problems=()
+        )
 
 
 def reverse(moves: Iterable[Move]) -> list[Move]:

@@ -19,11 +19,14 @@ Rules of every plan:
    as many copies as before, never two on one bookie.
 2. No fragment of the ledger stands in fewer racks than before.
 3. The target is writable for this ledger, is not draining, and keeps FREE_SHARE_MIN of its disk free.
-4. A move takes from above the even share and gives to below it, and one of the two is outside of the tolerance. First,
-   large ledgers first, moves that fall short of both shares: each lowers the distance by twice its bytes. Then, smaller
-   excess being left than there are ledgers for it, moves that still lower the distance by their own bytes.
+4. A move takes from above the even share and gives to below it, and one of the two is outside of the tolerance. First
+   moves that fall short of both shares: each lowers the distance by twice its bytes. Then, less being left than any
+   ledger holds, moves that still lower the distance by their own bytes.
 5. A ledger moves once in a plan: its moves depend on nothing that another one does, and there are never more of them
    than ledgers. Where that is not enough (more bookies joined than there were), the next plan goes on.
+6. Large ledgers move before those of half their size, newer before older ones, and one bookie gives all it has to give
+   before the next one does. So there are few moves, little is moved that is trimmed soon, and what leaves a bookie
+   stood side by side in its files: these vanish as a whole, where ledgers here and there would only leave holes.
 """
 
 from __future__ import annotations
@@ -114,8 +117,9 @@ def plan(
     balance = _Balance(snapshot, goal, tolerance)
     movable = [record for record in snapshot.ledgers if _is_movable(snapshot, record)]
     wanted = [record for record in movable if shards is None or record.shard_id in shards]
-    # Few large moves rather than many small ones; by segments the fewest bytes for each.
-    wanted.sort(key=lambda record: (record.length if goal is Goal.SEGMENTS else -record.length, record.ledger_id))
+    # By segments every move counts the same: small ones first.
+    sign = 1 if goal is Goal.SEGMENTS else -1
+    wanted.sort(key=lambda record: (sign * record.length.bit_length(), -record.ledger_id))
     before, skew_before = dict(balance.loads), balance.skew()
     moves = _choose_moves(balance, wanted, max_bytes)
     after = balance.loads
@@ -157,6 +161,7 @@ class _Balance:
     loads, even   by bookie, in the unit of the goal
     room          bytes that each bookie's disk takes from moves
     _under        bookies below their share, the one that lacks most first; None = to be sorted again
+    _giving       the source of the last move
     """
 
     def __init__(self, snapshot: Snapshot, goal: Goal, tolerance: float) -> None:
@@ -172,6 +177,7 @@ class _Balance:
         self.even = _even_shares(snapshot.bookies, self.loads, goal)
         self.room = {name: _room(snapshot.bookies[name]) for name in counted}
         self._under: list[str] | None = None
+        self._giving = ""
 
     def _unit(self, size_bytes: int) -> float:
         return float(size_bytes) if self._goal is Goal.BYTES else 1.0
@@ -196,10 +202,10 @@ class _Balance:
         return self._under
 
     def best_move(self, record: LedgerRecord, *, exact: bool, max_bytes: int | None) -> Move | None:
-        """From the fullest member that has too much to whoever lacks most and may have it; None if it helps nobody."""
+        """From who gives already, or has most too much, to who lacks most and may have it; None if it helps nobody."""
         held = record.bytes_held()
         sources = [name for name in held if self.excess(name) > 0 and held[name] > 0]
-        for source in sorted(sources, key=lambda name: (-self.excess(name), name)):
+        for source in sorted(sources, key=lambda name: (name != self._giving, -self.excess(name), name)):
             size_bytes = held[source]
             if max_bytes is not None and size_bytes > max_bytes:
                 continue
@@ -225,6 +231,7 @@ class _Balance:
         self.loads[move.target] += self._unit(move.size_bytes)
         self.room[move.target] -= move.size_bytes
         self._under = None
+        self._giving = move.source
 
 
 def _held_soon(snapshot: Snapshot, record: LedgerRecord) -> dict[str, int]:

@@ -120,7 +120,7 @@ class RebalanceOperation:
 
     state      RUNNING, PAUSED, CANCELLING (copies are taken back), CANCELLED or DONE
     throttle   bytes per second of all its copies together
-    rate       measured in the last seconds; `eta_s` follows from it, None when nobody can say
+    rate       measured in the last seconds, once it has ended on average; `eta_s` follows from it, None = unknown
     problems   why it does not go on, in words; empty while it does
     skipped    the first moves that could not be made, with their reasons
     notes      what was left out when it was ordered

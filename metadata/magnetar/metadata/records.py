@@ -365,7 +365,7 @@ class Operation:
     rollback_of   the operation whose moves it takes back; empty = none
     mark          random: tells whose request created it
     problems      why it does not go on, in words; empty while it does
-    rate          measured, in bytes per second
+    rate          measured in the last seconds, in bytes per second; of all of it once it has ended
     ended_us      0 while copies of it are under way, in every state
     """
 
