@@ -16,6 +16,7 @@ from magnetar.cli.roles.process import SETTINGS
 from magnetar.cli.verbs import app
 from magnetar.ledger.metrics import LedgerMetrics
 from magnetar.metadata.server.metrics import ServerMetrics
+from magnetar.repair.metrics import RepairMetrics
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
 GUIDE = (DEPLOY / "OPERATIONS.md").read_text()
@@ -31,6 +32,7 @@ def metric_names() -> set[str]:
     BrokerMetrics(registry)
     BookieMetrics(registry, "bookie0")
     LedgerMetrics.of(registry)
+    RepairMetrics.of(registry)
     ServerMetrics(registry)
     names: set[str] = set()
     for family in registry.collect():
