@@ -6,7 +6,7 @@ PROTO_VENV := .venv-proto
 PROTO_FILES := $(wildcard proto/magnetar/v1/*.proto proto/magnetar/etcd/*.proto)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test cluster-test sim soak takeover hand-off repair check proto proto-check deploy-check clean
+.PHONY: help demo test cluster-test sim soak takeover hand-off repair rebalance check proto proto-check deploy-check clean
 
 help: ## List the recipes
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -36,6 +36,9 @@ hand-off: $(VENV)/.dev ## How long publishing pauses when a busy topic moves bet
 
 repair: $(VENV)/.dev ## How long a lost bookie's part takes to be made anew, and what publishers notice: SIZE=5GB
 	$(BIN)/python tests/performance/repair.py --size $(or $(SIZE),5GB)
+
+rebalance: $(VENV)/.dev ## How long it takes until an empty bookie has its share of 5 GB, and how even disks are then
+	$(BIN)/python tests/performance/rebalance.py
 
 check: $(VENV)/.dev proto-check deploy-check ## Linters, types, contracts
 	$(BIN)/ruff check .

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from magnetar.broker.members import Members, bytes_held
+from magnetar.broker.members import Members
 from magnetar.metadata.codec import encode_bookie, encode_broker, encode_cookie, encode_shard
 from magnetar.metadata.keyspace import Keyspace
 from magnetar.metadata.memory import MemoryStore
@@ -36,20 +36,20 @@ def ledger(*fragments: Fragment, last_entry: int, length: int, state: LedgerStat
 
 def test_each_bookie_of_a_closed_ledger_holds_its_part_of_each_fragment() -> None:
     all_three = Fragment(0, ("a", "b", "c"))
-    assert bytes_held(ledger(all_three, last_entry=9, length=1000)) == {"a": 1000, "b": 1000, "c": 1000}
+    assert ledger(all_three, last_entry=9, length=1000).bytes_held() == {"a": 1000, "b": 1000, "c": 1000}
     changed = ledger(all_three, Fragment(8, ("a", "b", "d")), last_entry=9, length=1000)
-    assert bytes_held(changed) == {"a": 1000, "b": 1000, "c": 800, "d": 200}
+    assert changed.bytes_held() == {"a": 1000, "b": 1000, "c": 800, "d": 200}
     striped = ledger(Fragment(0, ("a", "b", "c", "d")), last_entry=9, length=1000)
-    assert bytes_held(striped) == {"a": 750, "b": 750, "c": 750, "d": 750}
+    assert striped.bytes_held() == {"a": 750, "b": 750, "c": 750, "d": 750}
 
 
 def test_what_is_empty_or_open_has_no_known_bytes() -> None:
     all_three = Fragment(0, ("a", "b", VACANT))
-    assert bytes_held(ledger(all_three, last_entry=NO_ENTRY, length=0)) == {}
-    assert bytes_held(ledger(all_three, last_entry=9, length=9, state=LedgerState.OPEN)) == {}
+    assert ledger(all_three, last_entry=NO_ENTRY, length=0).bytes_held() == {}
+    assert ledger(all_three, last_entry=9, length=9, state=LedgerState.OPEN).bytes_held() == {}
     # A fragment that begins after the end of the ledger holds nothing.
     beyond = ledger(all_three, Fragment(5, ("c", "d", "e")), last_entry=3, length=40)
-    assert bytes_held(beyond)["e"] == 0
+    assert beyond.bytes_held()["e"] == 0
 
 
 async def test_a_bookie_without_a_session_is_listed_as_lost() -> None:

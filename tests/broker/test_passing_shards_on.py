@@ -364,9 +364,9 @@ async def test_the_elected_broker_moves_a_busy_shard_and_a_failed_move_is_no_err
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     a, b = pair.a, pair.b
-    leader, other = (a, b) if a._rebalancing._election.leader else (b, a)
-    await eventually(lambda: leader._rebalancing._election.leader)
-    assert not other._rebalancing._election.leader
+    leader, other = (a, b) if a._balancing._election.leader else (b, a)
+    await eventually(lambda: leader._balancing._election.leader)
+    assert not other._balancing._election.leader
     loads = dict.fromkeys(list(pair.slots)[:4], 100000.0)
     moved: list[int] = []
 
@@ -375,12 +375,12 @@ async def test_the_elected_broker_moves_a_busy_shard_and_a_failed_move_is_no_err
         mine = (ShardLoad(shard, load, 100.0) for shard, load in loads.items() if shard in served)
         return BrokerLoad(broker.owner.broker_id, tuple(mine))
 
-    monkeypatch.setattr(leader._rebalancing, "_reported", report)
-    await leader._rebalancing.round()
+    monkeypatch.setattr(leader._balancing, "_reported", report)
+    await leader._balancing.round()
     moved = [shard.shard_id for shard in b.served]
     assert sorted(moved) == list(loads)[:2]
     # Now they are even.
-    await leader._rebalancing.round()
+    await leader._balancing.round()
     assert [shard.shard_id for shard in b.served] == moved
     # The next loads are of shards that do not exist.
     loads.clear()
@@ -390,8 +390,8 @@ async def test_the_elected_broker_moves_a_busy_shard_and_a_failed_move_is_no_err
         mine = loads if broker.owner.broker_id == "a" else {}
         return BrokerLoad(broker.owner.broker_id, tuple(ShardLoad(s, load, 100.0) for s, load in mine.items()))
 
-    monkeypatch.setattr(leader._rebalancing, "_reported", wrong)
-    await leader._rebalancing.round()
+    monkeypatch.setattr(leader._balancing, "_reported", wrong)
+    await leader._balancing.round()
     assert leader.metrics.balancer_moves.labels("failed")._value.get() == 2
 
 
@@ -401,11 +401,11 @@ async def test_a_broker_reports_what_is_published_to_its_shards(pair: Pair) -> N
     loop = asyncio.get_running_loop()
     async with ProduceClient(pair.connect(pair.a)) as client:
         await client.open(pair.shard)
-        pair.a._rebalancing._loads.sample(loop.time(), [(pair.shard, shard.published_bytes, shard.published_messages)])
+        pair.a._balancing._loads.sample(loop.time(), [(pair.shard, shard.published_bytes, shard.published_messages)])
         await client.publish(*(pair.batch(i) for i in range(50)))
         await client.answers(50)
     totals = [(pair.shard, shard.published_bytes, shard.published_messages)]
-    pair.a._rebalancing._loads.sample(loop.time() + 60, totals)
+    pair.a._balancing._loads.sample(loop.time() + 60, totals)
     answer = await pair.connect(pair.a).admin(
         "ReportLoads", admin_pb2.ReportLoadsRequest(), admin_pb2.ReportLoadsResponse
     )

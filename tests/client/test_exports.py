@@ -16,7 +16,7 @@ import magnetar.client.sync
 MODULES = [magnetar.client, magnetar.client.sync]
 
 PAIRS = ["Client", "Producer", "StreamConsumer", "QueueConsumer", "Reader"]
-ADMIN = ["topics", "subscriptions", "ledgers", "brokers", "bookies", "cluster"]
+ADMIN = ["topics", "subscriptions", "ledgers", "brokers", "bookies", "cluster", "rebalance"]
 SCOPES = {"__aenter__": "__enter__", "__aexit__": "__exit__", "__aiter__": "__iter__", "__anext__": "__next__"}
 
 LATER = {"schema", "dead_letter", "redelivery", "ack_timeout", "delay", "deliver_at", "deliver_after"}

@@ -32,6 +32,7 @@ def metric_names() -> set[str]:
     BrokerMetrics(registry)
     BookieMetrics(registry, "bookie0")
     LedgerMetrics.of(registry)
+    RepairMetrics.of(registry)
     ServerMetrics(registry)
     RepairMetrics.of(registry)
     names: set[str] = set()

@@ -20,6 +20,7 @@ PURE = (
     *(f"metadata/magnetar/metadata/{name}.py" for name in ("records", "copy_txns")),
     *(f"bookies/magnetar/ledger/{name}.py" for name in ("quorum", "writer", "recovery", "reads", "placement")),
     *(f"bookies/magnetar/repair/{name}.py" for name in ("copying", "throttle", "audit")),
+    *(f"bookies/magnetar/repair/{name}.py" for name in ("planner", "operations", "operation_txns", "operation_rates")),
     *(f"serving/magnetar/managed_log/{name}.py" for name in ("chain", "cursor", "cache")),
     *(f"serving/magnetar/broker/{name}.py" for name in ("dispatch", "redelivery", "dedup", "flow", "layout")),
     *(f"serving/magnetar/broker/{name}.py" for name in ("hand_off", "loads", "balancer")),

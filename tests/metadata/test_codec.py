@@ -24,11 +24,16 @@ from magnetar.metadata.records import (
     CopyTask,
     Drain,
     Fragment,
+    Goal,
     LayoutShard,
     LedgerPurpose,
     LedgerRecord,
     LedgerState,
     Loss,
+    Move,
+    MoveState,
+    Operation,
+    OperationState,
     Owner,
     ProducerRecord,
     RepairSettings,
@@ -113,6 +118,34 @@ def layout_shards(draw: st.DrawFn) -> LayoutShard:
     return LayoutShard(draw(ID), first, last, draw(st.sampled_from(ShardState)), draw(tuples(U64)))
 
 
+MOVES = st.builds(Move, ID, TEXT, TEXT, U64, st.sampled_from(MoveState), TEXT)
+
+
+@st.composite
+def operations(draw: st.DrawFn) -> Operation:
+    return Operation(
+        operation_id=draw(NAME),
+        goal=draw(st.sampled_from(Goal)),
+        state=draw(st.sampled_from(OperationState)),
+        bytes_per_s=draw(ID),
+        revision=draw(U64),
+        moves=draw(U64),
+        size_bytes=draw(U64),
+        pages=draw(U32),
+        mark=draw(st.binary(min_size=1, max_size=6)),
+        rollback_of=draw(TEXT),
+        created_us=draw(I64),
+        updated_us=draw(I64),
+        ended_us=draw(I64),
+        moves_done=draw(U64),
+        bytes_done=draw(U64),
+        moves_skipped=draw(U64),
+        bytes_skipped=draw(U64),
+        rate=draw(U64),
+        problems=draw(tuples(TEXT)),
+    )
+
+
 STARTS = st.one_of(st.sampled_from(Anchor), st.builds(AtOffset, U64), st.builds(AtTime, I64))
 
 CODECS: dict[str, st.SearchStrategy[Any]] = {
@@ -129,6 +162,8 @@ CODECS: dict[str, st.SearchStrategy[Any]] = {
     "drain": st.builds(Drain, NAME, I64),
     "loss": st.builds(Loss, NAME, I64, st.booleans()),
     "repair": st.builds(RepairSettings, st.booleans(), st.floats(0, 1e9), ID),
+    "operation": operations(),
+    "moves": tuples(MOVES),
     "counter": st.integers(1, (1 << 64) - 1),
     "text": NAME,
 }
@@ -141,9 +176,9 @@ def functions(name: str) -> tuple[Callable[[Any], bytes], Callable[[bytes], Any]
 def test_every_codec_is_in_this_test() -> None:
     names = {name.split("_", 1)[1] for name in vars(codec) if name.startswith(("encode_", "decode_"))}
     assert names == set(CODECS)
-    parts = {"Owner", "Segment", "Fragment", "CopyClaim", "LayoutShard", "AtOffset", "AtTime"}
+    parts = {"Owner", "Segment", "Fragment", "CopyClaim", "Move", "LayoutShard", "AtOffset", "AtTime"}
     kinds = {name for name, value in vars(records).items() if is_dataclass(value)} - parts
-    assert len(kinds) == len(set(CODECS) - {"page", "counter", "text"})
+    assert len(kinds) == len(set(CODECS) - {"page", "moves", "counter", "text"})
 
 
 @pytest.mark.parametrize("name", CODECS)
@@ -220,6 +255,7 @@ LEDGER_BYTES = (
     "080b10071802200328033210000102030405060708090a0b0c0d0e0f380340024a0a120262311202623212004a0e08091202"
     "62311202623412026233500160808090bd90e6eb02"
 )
+MOVES_BYTES = "0a0262310a026232120e08071801200928033204676f6e65"
 CLAIM_BYTES = "6a150a026235120262321a02070820818090bd90e6eb02"
 
 
@@ -233,6 +269,14 @@ def test_the_stored_form_of_a_ledger_does_not_change() -> None:
     assert codec.decode_ledger(bytes.fromhex(LEDGER_BYTES)) == LEDGER
     assert codec.encode_ledger(CLAIMED).hex() == LEDGER_BYTES + CLAIM_BYTES
     assert codec.decode_ledger(bytes.fromhex(LEDGER_BYTES + CLAIM_BYTES)) == CLAIMED
+
+
+def test_a_page_of_moves_names_each_bookie_once_and_stays_small() -> None:
+    moves = tuple(Move((1 << 40) + n, f"bookie-{n % 3}", "bookie-9", 64 << 20) for n in range(1000))
+    stored = codec.encode_moves(moves)
+    assert len(stored) < 25_000
+    assert stored.count(b"bookie-9") == 1
+    assert codec.encode_moves([Move(7, "b1", "b2", 9, MoveState.SKIPPED, "gone")]).hex() == MOVES_BYTES
 
 
 def test_the_golden_records_set_every_field_but_defaults_that_mean_something() -> None:

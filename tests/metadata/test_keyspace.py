@@ -38,6 +38,8 @@ KINDS: dict[KeyKind, tuple[str, tuple[st.SearchStrategy[Any], ...]]] = {
     KeyKind.COPY: ("copy", (NUMBERS, NAMES)),
     KeyKind.BOOKIE_DRAIN: ("bookie_drain", (NAMES,)),
     KeyKind.LOSS: ("loss", (NAMES,)),
+    KeyKind.OPERATION: ("operation", (NAMES,)),
+    KeyKind.MOVES: ("moves", (NAMES, NUMBERS)),
 }
 
 KEYSPACE = Keyspace("c1")
@@ -109,6 +111,8 @@ def test_no_name_can_reach_another_key(bad: str) -> None:
         lambda: KEYSPACE.bookie_drain(bad),
         lambda: KEYSPACE.broker_drain(bad),
         lambda: KEYSPACE.loss(bad),
+        lambda: KEYSPACE.operation(bad),
+        lambda: KEYSPACE.moves(bad, 1),
         lambda: KEYSPACE.subscriptions_prefix(f"t/{bad}/topic"),
     ]
     for build in builders:
@@ -157,6 +161,8 @@ def test_prefixes_hold_their_keys_and_end_at_whole_parts() -> None:
         (KEYSPACE.copies_prefix(2), KEYSPACE.copy(2, VACANT)),
         (KEYSPACE.bookie_drains_prefix(), KEYSPACE.bookie_drain("b")),
         (KEYSPACE.broker_drains_prefix(), KEYSPACE.broker_drain("b")),
+        (KEYSPACE.operations_prefix(), KEYSPACE.operation("r-1")),
+        (KEYSPACE.moves_prefix("r-1"), KEYSPACE.moves("r-1", 2)),
         (KEYSPACE.losses_prefix(), KEYSPACE.loss("b")),
     ]
     for prefix, key in pairs:

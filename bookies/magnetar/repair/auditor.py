@@ -21,8 +21,9 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from dataclasses import replace
+from typing import Any
 
 import structlog
 
@@ -78,7 +79,10 @@ class IncompleteListing(Exception):
 
 
 class Auditor:
-    """A candidate. `start` it in every process that may audit."""
+    """A candidate. `start` it in every process that may audit.
+
+    duties   what else one process alone does, for as long as it is elected; each is given what holds while it is
+    """
 
     def __init__(
         self,
@@ -88,8 +92,10 @@ class Auditor:
         metrics: RepairMetrics,
         *,
         now_us: Callable[[], int],
+        duties: Sequence[Callable[[Compare], Coroutine[Any, Any, None]]] = (),
         rng: random.Random | None = None,
     ) -> None:
+        self._duties = duties
         self._candidate = candidate
         self._store = store
         self._keyspace = keyspace
@@ -127,12 +133,14 @@ class Auditor:
             self._index_position.clear()
             lost = asyncio.create_task(self._election.wait_lost())
             leading = asyncio.create_task(self._lead())
+            term_holds = self._election.still_leader()
+            duties = [asyncio.create_task(duty(term_holds)) for duty in self._duties]
             try:
                 await asyncio.wait((lost, leading), return_when=asyncio.FIRST_COMPLETED)
             finally:
-                lost.cancel()
-                leading.cancel()
-                await asyncio.gather(lost, leading, return_exceptions=True)
+                for task in (lost, leading, *duties):
+                    task.cancel()
+                await asyncio.gather(lost, leading, *duties, return_exceptions=True)
             log.info("auditor is not elected any more", candidate=self._candidate)
 
     async def _lead(self) -> None:

@@ -22,7 +22,7 @@ import structlog
 
 from magnetar.ledger.bookie_rpc import BookieRpc, Bookies
 from magnetar.metadata import copy_txns
-from magnetar.metadata.codec import DamagedRecord, decode_copy, decode_ledger, decode_repair
+from magnetar.metadata.codec import DamagedRecord, decode_copy, decode_ledger, decode_operation, decode_repair
 from magnetar.metadata.copy_txns import CopyTxn, Stored, StoredTask
 from magnetar.metadata.follow import Follower
 from magnetar.metadata.keyspace import Keyspace
@@ -31,6 +31,7 @@ from magnetar.metadata.store import Change, KeyValue, MetadataStore, MetadataUna
 from magnetar.repair.copier import Copier
 from magnetar.repair.copying import CopyStalled
 from magnetar.repair.metrics import RepairMetrics
+from magnetar.repair.operation_rates import OperationRates
 from magnetar.repair.throttle import Throttle
 
 COPIES_AT_ONCE = 2
@@ -95,10 +96,12 @@ class Replicator:
         self._running: dict[Key, asyncio.Task[None]] = {}
         self._changed = asyncio.Event()
         self._throttle = Throttle(self.settings.bytes_per_s, 0.0)
+        self._operation_rates = OperationRates()
         self._root: asyncio.Task[None] | None = None
         self._followers = (
             Follower(store, keyspace.copies_prefix(), self._tasks_listed, self._tasks_changed),
             Follower(store, keyspace.repair(), self._settings_listed, self._settings_changed),
+            Follower(store, keyspace.operations_prefix(), self._operations_listed, self._operations_changed),
         )
 
     def start(self) -> None:
@@ -154,6 +157,18 @@ class Replicator:
     def _settings_changed(self, changes: Sequence[Change]) -> None:
         current = changes[-1].current
         self._set(RepairSettings() if current is None else decode_repair(current.value))
+
+    def _operations_listed(self, items: Sequence[KeyValue]) -> None:
+        self._operation_rates.forget_all()
+        for item in items:
+            self._operation_rates.keep(decode_operation(item.value))
+
+    def _operations_changed(self, changes: Sequence[Change]) -> None:
+        for change in changes:
+            if change.current is None:
+                self._operation_rates.forget(self._keyspace.parse_operation(change.key))
+            else:
+                self._operation_rates.keep(decode_operation(change.current.value))
 
     def _set(self, settings: RepairSettings) -> None:
         self.settings = settings
@@ -266,10 +281,10 @@ class Replicator:
         key = (task.ledger_id, task.place)
 
         async def pace(entries: int, size_bytes: int) -> None:
-            self._throttle.spend(size_bytes, self._now())
+            self._throttle_of(task).spend(size_bytes, self._now())
             self._metrics.copied_entries.labels(self._bookie_id, task.reason.name.lower()).inc(entries)
             self._metrics.copied_bytes.labels(self._bookie_id, task.reason.name.lower()).inc(size_bytes)
-            await self._keep_to_the_rate()
+            await self._keep_to_the_rate(task)
 
         def wanted() -> bool:
             current = self._tasks.get(key)
@@ -277,11 +292,16 @@ class Replicator:
 
         return Copier(ledger.record, task, self._target, self._bookies, pace, wanted)
 
-    async def _keep_to_the_rate(self) -> None:
-        pause_s = self._throttle.wait_s(self._now())
+    async def _keep_to_the_rate(self, task: CopyTask) -> None:
+        pause_s = self._throttle_of(task).wait_s(self._now())
         while pause_s > 0:
             await asyncio.sleep(min(pause_s, LOOK_AGAIN_S))
-            pause_s = self._throttle.wait_s(self._now())
+            pause_s = self._throttle_of(task).wait_s(self._now())
+
+    def _throttle_of(self, task: CopyTask) -> Throttle:
+        """That of its operation, if it belongs to one."""
+        own = self._operation_rates.throttle(task.operation, self._tasks.values(), self._now())
+        return self._throttle if own is None else own
 
     async def _claim(self, ledger: Stored, task: StoredTask) -> Stored:
         """The ledger under the claim. Raises CopyStalled while another copy of it is under way, TaskChanged."""

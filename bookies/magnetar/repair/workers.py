@@ -1,5 +1,5 @@
-"""What a bookie does for the repair of the cluster, beside storing: it makes copies, reads its entries again and again,
-and may be elected auditor.
+"""What a bookie does for the cluster, beside storing: it makes copies, reads its entries again and again, and may be
+elected. Who is elected audits, and carries rebalancing operations out.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from magnetar.metadata.store import MetadataStore
 from magnetar.repair.auditor import Auditor
 from magnetar.repair.metrics import RepairMetrics
 from magnetar.repair.replicator import Replicator
+from magnetar.repair.runner import Runner
 from magnetar.repair.scrub import Scrubber
 
 
@@ -38,7 +39,8 @@ class RepairWorkers:
         self.scrubber = Scrubber(
             bookie_id, local, self.replicator, store, keyspace, metrics, reborn=reborn, now_us=now_us
         )
-        self.auditor = Auditor(bookie_id, store, keyspace, metrics, now_us=now_us)
+        runner = Runner(store, keyspace, now_us=now_us)
+        self.auditor = Auditor(bookie_id, store, keyspace, metrics, now_us=now_us, duties=[runner.run])
 
     def start(self) -> None:
         self.replicator.start()

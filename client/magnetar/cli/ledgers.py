@@ -10,6 +10,7 @@ import typer
 from magnetar.cli.command import (
     DEFAULT_SERVER,
     DEFAULT_TIMEOUT_S,
+    EXIT_UNHEALTHY,
     Output,
     OutputOption,
     ServerOption,
@@ -20,7 +21,7 @@ from magnetar.cli.command import (
 from magnetar.cli.output import Size, emit_facts, emit_json, emit_table, plain
 
 if TYPE_CHECKING:
-    from magnetar.client import Client, LedgerDescription
+    from magnetar.client import Client, LedgerDescription, LedgerVerification
 
 app = typer.Typer(help="The replicated segments under the topics.", no_args_is_help=True)
 
@@ -78,6 +79,36 @@ def describe(
     emit_table(
         ["from entry", "bookies"], [(fragment.first_entry, _bookies(fragment.bookies)) for fragment in one.fragments]
     )
+
+
+@app.command()
+def verify(
+    ledger: Annotated[int, typer.Argument(min=1, help="Id of a closed ledger.")],
+    output: OutputOption = Output.table,
+    server: ServerOption = DEFAULT_SERVER,
+    timeout: TimeoutOption = DEFAULT_TIMEOUT_S,
+) -> None:
+    """Reads every copy of a closed ledger and compares their checksums; exit code 10 if any is wrong."""
+
+    async def body(client: Client) -> LedgerVerification:
+        return await client.admin.ledgers.verify(ledger)
+
+    found = run_with_client(server, timeout, body)
+    if output is Output.json:
+        emit_json(plain(found))
+    else:
+        emit_facts(
+            [
+                ("ledger", str(found.ledger)),
+                ("compared", f"{found.copies:,} copies of {found.entries:,} entries"),
+                ("bytes", f"{Size(found.bytes)}, of all copies"),
+                ("bookies", _bookies(found.bookies)),
+                ("problems", len(found.problems)),
+                *(("problem", problem) for problem in found.problems),
+            ]
+        )
+    if found.problems:
+        raise typer.Exit(EXIT_UNHEALTHY)
 
 
 def _bytes(ledger: LedgerDescription) -> Size | None:

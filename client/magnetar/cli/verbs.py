@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from magnetar.cli import bench, bookies, brokers, cluster, ledgers, subscriptions, topics
+from magnetar.cli import bench, bookies, brokers, cluster, ledgers, rebalance, subscriptions, topics
 from magnetar.cli.bookie import bookie
 from magnetar.cli.broker import broker
 from magnetar.cli.command import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_USAGE, fail, fail_for, quiet_stdout
@@ -55,6 +55,7 @@ app.add_typer(subscriptions.app, name="subscriptions")
 app.add_typer(brokers.app, name="brokers")
 app.add_typer(bookies.app, name="bookies")
 app.add_typer(ledgers.app, name="ledgers")
+app.add_typer(rebalance.app, name="rebalance")
 app.add_typer(cluster.app, name="cluster")
 app.add_typer(bench.app, name="bench")
 

@@ -55,6 +55,15 @@ from magnetar.client.errors import (
 from magnetar.client.message import Message, MessageBatch, MessageId
 from magnetar.client.positions import EARLIEST, LATEST, Edge, Position
 from magnetar.client.producer import Producer
+from magnetar.client.rebalancing import (
+    BookieShare,
+    BookieTraffic,
+    LedgerVerification,
+    RebalanceMove,
+    RebalanceOperation,
+    RebalancePlan,
+    RebalanceVerification,
+)
 from magnetar.client.receipts import Acknowledgement, MessageIds, Receipt
 
 __all__ = [
@@ -66,6 +75,8 @@ __all__ = [
     "Batching",
     "BookieDescription",
     "BookieOrder",
+    "BookieShare",
+    "BookieTraffic",
     "BrokerDescription",
     "BrokerDrain",
     "Client",
@@ -81,6 +92,7 @@ __all__ = [
     "InvalidArgument",
     "LedgerDescription",
     "LedgerNotFound",
+    "LedgerVerification",
     "LostBookie",
     "MagnetarError",
     "Message",
@@ -96,6 +108,10 @@ __all__ = [
     "QueueConsumer",
     "QueueFull",
     "Reader",
+    "RebalanceMove",
+    "RebalanceOperation",
+    "RebalancePlan",
+    "RebalanceVerification",
     "Receipt",
     "RepairStatus",
     "RetriableError",

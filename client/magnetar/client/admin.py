@@ -9,16 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TypeVar
 
-from google.protobuf.message import Message as ProtobufMessage
-
+from magnetar.client.admin_calls import AdminCalls
 from magnetar.client.errors import InvalidArgument
 from magnetar.client.layouts import Brokers, checked_name, full_topic
 from magnetar.client.lifetime import Lifetime
 from magnetar.client.message import MessageId, from_microseconds
 from magnetar.client.positions import LATEST, Position, SubscriptionType, check_start, start_position
-from magnetar.client.rpc import ADMIN_SERVICE
+from magnetar.client.rebalancing import LedgerVerification, LedgerVerifier, Rebalance
 from magnetar.v1 import admin_pb2, metadata_pb2, repair_pb2
 
 SHARDS_MAX = 64
@@ -29,8 +27,6 @@ _TYPES = {
     "stream": metadata_pb2.SUBSCRIPTION_TYPE_STREAM,
     "queue": metadata_pb2.SUBSCRIPTION_TYPE_QUEUE,
 }
-
-ResponseT = TypeVar("ResponseT", bound=ProtobufMessage)
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,28 +254,7 @@ class RepairStatus:
     lost: tuple[LostBookie, ...]
 
 
-class _Calls:
-    """Calls of the admin service: any broker answers."""
-
-    def __init__(self, brokers: Callable[[], Brokers], lifetime: Lifetime) -> None:
-        self._brokers = brokers
-        self._lifetime = lifetime
-
-    async def _call(
-        self, method: str, request: ProtobufMessage, response: type[ResponseT], *, several: bool = False
-    ) -> ResponseT:
-        self._lifetime.check()
-        answer = await self._brokers().call(ADMIN_SERVICE + method, request.SerializeToString(), several=several)
-        parsed = response()
-        parsed.ParseFromString(answer)
-        return parsed
-
-    async def _ask(self, method: str, request: ProtobufMessage, response: type[ResponseT]) -> ResponseT:
-        """A call that changes nothing: if one broker is silent, another one is asked beside it."""
-        return await self._call(method, request, response, several=True)
-
-
-class Topics(_Calls):
+class Topics(AdminCalls):
     """Topics, by name or as `tenant/namespace/topic`."""
 
     async def create(self, topic: str, *, shards: int = 1, dry_run: bool = False) -> TopicDescription:
@@ -318,7 +293,7 @@ class Topics(_Calls):
         return TopicDeletion(name, response.shards, response.messages, response.bytes)
 
 
-class Subscriptions(_Calls):
+class Subscriptions(AdminCalls):
     """Subscriptions of a topic. All raise TopicNotFound, and but for `create` and `list` SubscriptionNotFound."""
 
     async def create(
@@ -377,7 +352,7 @@ class Subscriptions(_Calls):
         return SubscriptionDeletion(name, response.backlog_messages)
 
 
-class Ledgers(_Calls):
+class Ledgers(LedgerVerifier):
     """Ledgers, by id."""
 
     async def list(self, topic: str | None = None) -> list[LedgerDescription]:
@@ -403,8 +378,15 @@ class Ledgers(_Calls):
         response = await self._ask("DescribeLedger", request, admin_pb2.DescribeLedgerResponse)
         return _ledger(response.ledger)
 
+    async def verify(self, ledger: int) -> LedgerVerification:
+        """Compares the copies of a closed ledger: every entry on every bookie that must have it, by its checksum.
 
-class BrokerServers(_Calls):
+        Raises LedgerNotFound, also for one that is not closed.
+        """
+        return await self._verify_ledger(ledger)
+
+
+class BrokerServers(AdminCalls):
     """The cluster's brokers."""
 
     async def list(self) -> list[BrokerDescription]:
@@ -431,7 +413,7 @@ class BrokerServers(_Calls):
         return (await self._ask("UndrainBroker", request, admin_pb2.UndrainBrokerResponse)).was_draining
 
 
-class BookieServers(_Calls):
+class BookieServers(AdminCalls):
     """The cluster's bookies."""
 
     async def list(self) -> list[BookieDescription]:
@@ -460,7 +442,7 @@ class BookieServers(_Calls):
         await self._call("DecommissionBookie", request, repair_pb2.DecommissionBookieResponse)
 
 
-class Cluster(_Calls):
+class Cluster(AdminCalls):
     """The cluster as a whole."""
 
     async def health(self) -> ClusterHealth:
@@ -505,6 +487,7 @@ class Admin:
         self.brokers = BrokerServers(brokers, lifetime)
         self.bookies = BookieServers(brokers, lifetime)
         self.cluster = Cluster(brokers, lifetime)
+        self.rebalance = Rebalance(brokers, lifetime)
 
 
 def _broker_state(state: admin_pb2.BrokerState) -> str:

@@ -27,6 +27,7 @@ from magnetar.client import admin as aio_admin
 from magnetar.client import client as aio
 from magnetar.client import consumer as aio_consumer
 from magnetar.client import producer as aio_producer
+from magnetar.client import rebalancing
 from magnetar.client.batching import MESSAGE_OVERHEAD, Batching
 from magnetar.client.errors import ClientClosed, MagnetarError, QueueFull
 from magnetar.client.message import Message, MessageBatch, MessageId, to_microseconds
@@ -52,6 +53,7 @@ __all__ = [
     "Producer",
     "QueueConsumer",
     "Reader",
+    "Rebalance",
     "StreamConsumer",
     "Subscriptions",
     "Topics",
@@ -107,6 +109,7 @@ class Ledgers(_Facade[aio_admin.Ledgers]):
 
     list = _blocking(aio_admin.Ledgers.list)
     describe = _blocking(aio_admin.Ledgers.describe)
+    verify = _blocking(aio_admin.Ledgers.verify)
 
 
 class BrokerServers(_Facade[aio_admin.BrokerServers]):
@@ -133,6 +136,21 @@ class Cluster(_Facade[aio_admin.Cluster]):
     repair = _blocking(aio_admin.Cluster.repair)
 
 
+class Rebalance(_Facade[rebalancing.Rebalance]):
+    __doc__ = rebalancing.Rebalance.__doc__
+
+    plan = _blocking(rebalancing.Rebalance.plan)
+    apply = _blocking(rebalancing.Rebalance.apply)
+    list = _blocking(rebalancing.Rebalance.list)
+    status = _blocking(rebalancing.Rebalance.status)
+    throttle = _blocking(rebalancing.Rebalance.throttle)
+    pause = _blocking(rebalancing.Rebalance.pause)
+    resume = _blocking(rebalancing.Rebalance.resume)
+    cancel = _blocking(rebalancing.Rebalance.cancel)
+    rollback = _blocking(rebalancing.Rebalance.rollback)
+    verify = _blocking(rebalancing.Rebalance.verify)
+
+
 class Admin:
     __doc__ = aio_admin.Admin.__doc__
 
@@ -143,6 +161,7 @@ class Admin:
         self.brokers = BrokerServers(portal, inner.brokers)
         self.bookies = BookieServers(portal, inner.bookies)
         self.cluster = Cluster(portal, inner.cluster)
+        self.rebalance = Rebalance(portal, inner.rebalance)
 
 
 ScopedT = TypeVar("ScopedT", bound=aio_producer.Producer | aio_consumer.Receiver)

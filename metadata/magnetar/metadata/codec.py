@@ -28,11 +28,16 @@ from magnetar.metadata.records import (
     CopyTask,
     Drain,
     Fragment,
+    Goal,
     LayoutShard,
     LedgerPurpose,
     LedgerRecord,
     LedgerState,
     Loss,
+    Move,
+    MoveState,
+    Operation,
+    OperationState,
     Owner,
     ProducerRecord,
     RepairSettings,
@@ -301,6 +306,93 @@ def decode_repair(data: bytes) -> RepairSettings:
     _check(0 <= message.delay_s < math.inf, "RepairSettings", "delay")
     _check(message.bytes_per_s > 0, "RepairSettings", "rate")
     return RepairSettings(message.enabled, message.delay_s, message.bytes_per_s)
+
+
+# Rebalancing.
+
+
+def encode_operation(operation: Operation) -> bytes:
+    return pb.Operation(
+        operation_id=operation.operation_id,
+        goal=cast("pb.Goal", operation.goal.value),
+        state=cast("pb.OperationState", operation.state.value),
+        bytes_per_s=operation.bytes_per_s,
+        revision=operation.revision,
+        moves=operation.moves,
+        size_bytes=operation.size_bytes,
+        pages=operation.pages,
+        mark=operation.mark,
+        rollback_of=operation.rollback_of,
+        created_us=operation.created_us,
+        updated_us=operation.updated_us,
+        ended_us=operation.ended_us,
+        moves_done=operation.moves_done,
+        bytes_done=operation.bytes_done,
+        moves_skipped=operation.moves_skipped,
+        bytes_skipped=operation.bytes_skipped,
+        rate=operation.rate,
+        problems=operation.problems,
+    ).SerializeToString(deterministic=True)
+
+
+def decode_operation(data: bytes) -> Operation:
+    message = _parse(pb.Operation, data)
+    _check(message.operation_id != "" and message.mark != b"", "Operation", "no id or mark")
+    _check(message.bytes_per_s > 0, "Operation", "rate")
+    return Operation(
+        operation_id=message.operation_id,
+        goal=_enum(Goal, message.goal),
+        state=_enum(OperationState, message.state),
+        bytes_per_s=message.bytes_per_s,
+        revision=message.revision,
+        moves=message.moves,
+        size_bytes=message.size_bytes,
+        pages=message.pages,
+        mark=message.mark,
+        rollback_of=message.rollback_of,
+        created_us=message.created_us,
+        updated_us=message.updated_us,
+        ended_us=message.ended_us,
+        moves_done=message.moves_done,
+        bytes_done=message.bytes_done,
+        moves_skipped=message.moves_skipped,
+        bytes_skipped=message.bytes_skipped,
+        rate=message.rate,
+        problems=tuple(message.problems),
+    )
+
+
+def encode_moves(moves: Sequence[Move]) -> bytes:
+    """Bookies are named once: a page holds a thousand moves between a few of them."""
+    names = sorted({name for move in moves for name in (move.source, move.target)})
+    places = {name: place for place, name in enumerate(names)}
+    return pb.MovePage(
+        bookies=names,
+        moves=[
+            pb.Move(
+                ledger_id=move.ledger_id,
+                source=places[move.source],
+                target=places[move.target],
+                size_bytes=move.size_bytes,
+                state=cast("pb.MoveState", move.state.value),
+                reason=move.reason,
+            )
+            for move in moves
+        ],
+    ).SerializeToString(deterministic=True)
+
+
+def decode_moves(data: bytes) -> tuple[Move, ...]:
+    message = _parse(pb.MovePage, data)
+    names = message.bookies
+    return tuple(_move_from_message(move, names) for move in message.moves)
+
+
+def _move_from_message(message: pb.Move, names: Sequence[str]) -> Move:
+    _check(message.ledger_id > 0, "Move", "no ledger")
+    _check(max(message.source, message.target) < len(names), "Move", "no such bookie")
+    source, target = names[message.source], names[message.target]
+    return Move(message.ledger_id, source, target, message.size_bytes, _enum(MoveState, message.state), message.reason)
 
 
 # Topics, subscriptions, producers.

@@ -24,6 +24,8 @@ copies/<ledger>/<place>             CopyTask                    who closes it; t
 drains/bookies/<bookie>             Drain                       any broker, for an operator, CAS    undrained, removed
 losses/<bookie>                     Loss                        the auditor, CAS                    it is back, removed
 repair                              RepairSettings              any broker, for an operator, CAS    never
+operations/<operation>              Operation                   operator's broker; the runner, CAS  when many came after
+moves/<operation>/<page>            Moves of it                 operator's broker; the runner, CAS  with the operation
 """
 
 from __future__ import annotations
@@ -73,6 +75,8 @@ class KeyKind(Enum):
     BOOKIE_DRAIN = ("drains", "bookies", NAME)
     LOSS = ("losses", NAME)
     REPAIR = ("repair",)
+    OPERATION = ("operations", NAME)
+    MOVES = ("moves", NAME, NUMBER)
 
 
 def number(value: int) -> str:
@@ -219,6 +223,25 @@ class Keyspace:
 
     def repair(self) -> str:
         return self._key(KeyKind.REPAIR)
+
+    def operation(self, operation_id: str) -> str:
+        return self._key(KeyKind.OPERATION, operation_id)
+
+    def operations_prefix(self) -> str:
+        return self._prefix(KeyKind.OPERATION)
+
+    def parse_operation(self, key: str) -> str:
+        return self._names(KeyKind.OPERATION, key)[0]
+
+    def moves(self, operation_id: str, page: int) -> str:
+        return self._key(KeyKind.MOVES, operation_id, page)
+
+    def moves_prefix(self, operation_id: str) -> str:
+        return self._prefix(KeyKind.MOVES, operation_id)
+
+    def parse_moves(self, key: str) -> tuple[str, int]:
+        """(operation, page)"""
+        return self._names(KeyKind.MOVES, key)[0], self._numbers(KeyKind.MOVES, key)[0]
 
     # Topics. `topic` is always tenant/namespace/topic.
 

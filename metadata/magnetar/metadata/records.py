@@ -57,6 +57,28 @@ class CopyReason(Enum):
     """A member's entries are damaged."""
 
 
+class Goal(Enum):
+    """What a rebalancing makes even: the bytes that bookies hold, or the number of copies of ledgers."""
+
+    BYTES = 1
+    SEGMENTS = 2
+
+
+class OperationState(Enum):
+    """RUNNING <-> PAUSED, and from both to one of the others, which are final."""
+
+    RUNNING = 1
+    PAUSED = 2
+    CANCELLED = 3
+    DONE = 4
+
+
+class MoveState(Enum):
+    PENDING = 1
+    DONE = 2
+    SKIPPED = 3
+
+
 @dataclass(frozen=True, slots=True)
 class Owner:
     """A broker's session: the registration key `brokers/<broker_id>` as created at revision `session`."""
@@ -155,6 +177,21 @@ class LedgerRecord:
     def bookies(self) -> frozenset[str]:
         """Every bookie that any fragment names."""
         return frozenset(b for fragment in self.fragments for b in fragment.bookies if b != VACANT)
+
+    def bytes_held(self) -> dict[str, int]:
+        """What each bookie holds when CLOSED: of each fragment its part of the entries, as large as the average."""
+        if self.state is not LedgerState.CLOSED or self.last_entry == NO_ENTRY:
+            return {}
+        held: dict[str, int] = {}
+        end_entry = self.last_entry + 1
+        ends = [*(fragment.first_entry for fragment in self.fragments[1:]), end_entry]
+        for fragment, end in zip(self.fragments, ends, strict=True):
+            entries = max(0, min(end, end_entry) - fragment.first_entry)
+            share = self.length * entries * self.write_quorum // (len(fragment.bookies) * end_entry)
+            for bookie in fragment.bookies:
+                if bookie != VACANT:
+                    held[bookie] = held.get(bookie, 0) + share
+        return held
 
     def roles(self) -> frozenset[str]:
         """Every bookie on which entries may stand: those that the index names. A claim's target counts for no copy."""
@@ -304,3 +341,50 @@ class RepairSettings:
     enabled: bool = True
     delay_s: float = 60.0
     bytes_per_s: int = 32 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """A ledger's copy at `source` goes to `target`. `reason`: why it was skipped, in words."""
+
+    ledger_id: int
+    source: str
+    target: str
+    size_bytes: int
+    state: MoveState = MoveState.PENDING
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """A rebalancing: what its `moves` moves in `pages` pages are to do, and how far they are.
+
+    state         an operator's word, and the runner's when all is done. Nothing new begins but in RUNNING
+    bytes_per_s   of all its copies together
+    revision      of the metadata that it was planned from
+    rollback_of   the operation whose moves it takes back; empty = none
+    mark          random: tells whose request created it
+    problems      why it does not go on, in words; empty while it does
+    rate          measured in the last seconds, in bytes per second; of all of it once it has ended
+    ended_us      0 while copies of it are under way, in every state
+    """
+
+    operation_id: str
+    goal: Goal
+    state: OperationState
+    bytes_per_s: int
+    revision: int
+    moves: int
+    size_bytes: int
+    pages: int
+    mark: bytes
+    rollback_of: str = ""
+    created_us: int = 0
+    updated_us: int = 0
+    ended_us: int = 0
+    moves_done: int = 0
+    bytes_done: int = 0
+    moves_skipped: int = 0
+    bytes_skipped: int = 0
+    rate: int = 0
+    problems: tuple[str, ...] = ()

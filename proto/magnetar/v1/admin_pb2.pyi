@@ -1,4 +1,5 @@
 from magnetar.v1 import metadata_pb2 as _metadata_pb2
+from magnetar.v1 import rebalance_pb2 as _rebalance_pb2
 from magnetar.v1 import repair_pb2 as _repair_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper

@@ -42,6 +42,27 @@ class CopyReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     COPY_REASON_REBALANCE: _ClassVar[CopyReason]
     COPY_REASON_SCRUB: _ClassVar[CopyReason]
 
+class Goal(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    GOAL_UNSPECIFIED: _ClassVar[Goal]
+    GOAL_BYTES: _ClassVar[Goal]
+    GOAL_SEGMENTS: _ClassVar[Goal]
+
+class OperationState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    OPERATION_STATE_UNSPECIFIED: _ClassVar[OperationState]
+    OPERATION_STATE_RUNNING: _ClassVar[OperationState]
+    OPERATION_STATE_PAUSED: _ClassVar[OperationState]
+    OPERATION_STATE_CANCELLED: _ClassVar[OperationState]
+    OPERATION_STATE_DONE: _ClassVar[OperationState]
+
+class MoveState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    MOVE_STATE_UNSPECIFIED: _ClassVar[MoveState]
+    MOVE_STATE_PENDING: _ClassVar[MoveState]
+    MOVE_STATE_DONE: _ClassVar[MoveState]
+    MOVE_STATE_SKIPPED: _ClassVar[MoveState]
+
 class BookieState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     BOOKIE_STATE_UNSPECIFIED: _ClassVar[BookieState]
@@ -68,6 +89,18 @@ COPY_REASON_LOST: CopyReason
 COPY_REASON_DRAINING: CopyReason
 COPY_REASON_REBALANCE: CopyReason
 COPY_REASON_SCRUB: CopyReason
+GOAL_UNSPECIFIED: Goal
+GOAL_BYTES: Goal
+GOAL_SEGMENTS: Goal
+OPERATION_STATE_UNSPECIFIED: OperationState
+OPERATION_STATE_RUNNING: OperationState
+OPERATION_STATE_PAUSED: OperationState
+OPERATION_STATE_CANCELLED: OperationState
+OPERATION_STATE_DONE: OperationState
+MOVE_STATE_UNSPECIFIED: MoveState
+MOVE_STATE_PENDING: MoveState
+MOVE_STATE_DONE: MoveState
+MOVE_STATE_SKIPPED: MoveState
 BOOKIE_STATE_UNSPECIFIED: BookieState
 BOOKIE_STATE_WRITABLE: BookieState
 BOOKIE_STATE_READ_ONLY: BookieState
@@ -240,6 +273,72 @@ class RepairSettings(_message.Message):
     delay_s: float
     bytes_per_s: int
     def __init__(self, enabled: bool = ..., delay_s: _Optional[float] = ..., bytes_per_s: _Optional[int] = ...) -> None: ...
+
+class Operation(_message.Message):
+    __slots__ = ("operation_id", "goal", "state", "bytes_per_s", "revision", "moves", "size_bytes", "pages", "mark", "rollback_of", "created_us", "updated_us", "ended_us", "moves_done", "bytes_done", "moves_skipped", "bytes_skipped", "rate", "problems")
+    OPERATION_ID_FIELD_NUMBER: _ClassVar[int]
+    GOAL_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    BYTES_PER_S_FIELD_NUMBER: _ClassVar[int]
+    REVISION_FIELD_NUMBER: _ClassVar[int]
+    MOVES_FIELD_NUMBER: _ClassVar[int]
+    SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PAGES_FIELD_NUMBER: _ClassVar[int]
+    MARK_FIELD_NUMBER: _ClassVar[int]
+    ROLLBACK_OF_FIELD_NUMBER: _ClassVar[int]
+    CREATED_US_FIELD_NUMBER: _ClassVar[int]
+    UPDATED_US_FIELD_NUMBER: _ClassVar[int]
+    ENDED_US_FIELD_NUMBER: _ClassVar[int]
+    MOVES_DONE_FIELD_NUMBER: _ClassVar[int]
+    BYTES_DONE_FIELD_NUMBER: _ClassVar[int]
+    MOVES_SKIPPED_FIELD_NUMBER: _ClassVar[int]
+    BYTES_SKIPPED_FIELD_NUMBER: _ClassVar[int]
+    RATE_FIELD_NUMBER: _ClassVar[int]
+    PROBLEMS_FIELD_NUMBER: _ClassVar[int]
+    operation_id: str
+    goal: Goal
+    state: OperationState
+    bytes_per_s: int
+    revision: int
+    moves: int
+    size_bytes: int
+    pages: int
+    mark: bytes
+    rollback_of: str
+    created_us: int
+    updated_us: int
+    ended_us: int
+    moves_done: int
+    bytes_done: int
+    moves_skipped: int
+    bytes_skipped: int
+    rate: int
+    problems: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, operation_id: _Optional[str] = ..., goal: _Optional[_Union[Goal, str]] = ..., state: _Optional[_Union[OperationState, str]] = ..., bytes_per_s: _Optional[int] = ..., revision: _Optional[int] = ..., moves: _Optional[int] = ..., size_bytes: _Optional[int] = ..., pages: _Optional[int] = ..., mark: _Optional[bytes] = ..., rollback_of: _Optional[str] = ..., created_us: _Optional[int] = ..., updated_us: _Optional[int] = ..., ended_us: _Optional[int] = ..., moves_done: _Optional[int] = ..., bytes_done: _Optional[int] = ..., moves_skipped: _Optional[int] = ..., bytes_skipped: _Optional[int] = ..., rate: _Optional[int] = ..., problems: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class MovePage(_message.Message):
+    __slots__ = ("bookies", "moves")
+    BOOKIES_FIELD_NUMBER: _ClassVar[int]
+    MOVES_FIELD_NUMBER: _ClassVar[int]
+    bookies: _containers.RepeatedScalarFieldContainer[str]
+    moves: _containers.RepeatedCompositeFieldContainer[Move]
+    def __init__(self, bookies: _Optional[_Iterable[str]] = ..., moves: _Optional[_Iterable[_Union[Move, _Mapping]]] = ...) -> None: ...
+
+class Move(_message.Message):
+    __slots__ = ("ledger_id", "source", "target", "size_bytes", "state", "reason")
+    LEDGER_ID_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    TARGET_FIELD_NUMBER: _ClassVar[int]
+    SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    ledger_id: int
+    source: int
+    target: int
+    size_bytes: int
+    state: MoveState
+    reason: str
+    def __init__(self, ledger_id: _Optional[int] = ..., source: _Optional[int] = ..., target: _Optional[int] = ..., size_bytes: _Optional[int] = ..., state: _Optional[_Union[MoveState, str]] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class LayoutShard(_message.Message):
     __slots__ = ("shard_id", "first_slot", "last_slot", "state", "parents")

@@ -24,7 +24,9 @@ import structlog
 from prometheus_client import CollectorRegistry
 
 from magnetar.broker.admin import Admin
+from magnetar.broker.admin_rebalance import RebalanceAdmin
 from magnetar.broker.admin_storage import StorageAdmin
+from magnetar.broker.balancing import ELECTION, Balancing
 from magnetar.broker.budget import ByteBudget
 from magnetar.broker.cluster_view import ClusterView
 from magnetar.broker.consume import consume
@@ -39,7 +41,6 @@ from magnetar.broker.mover import Mover
 from magnetar.broker.ownership import Ownership
 from magnetar.broker.peers import Peers
 from magnetar.broker.produce import ProduceStream
-from magnetar.broker.rebalancing import ELECTION, Rebalancing
 from magnetar.broker.refusals import RETRY_AFTER_MS, not_owner, refusal_of
 from magnetar.broker.resolve import Resolver
 from magnetar.broker.served import LogParts, ServedShards
@@ -177,6 +178,7 @@ class Broker:
         self._storage = StorageAdmin(store, keyspace, settings.write_quorum, now_us)
         self._leaving = LeavingBookies(store, keyspace)
         self._admin = Admin(self, store, keyspace, bookies, now_us, rng)
+        self._rebalance_admin = RebalanceAdmin(self.topics, store, keyspace, bookies, now_us, rng)
         self._openings = itertools.count(1)
         self._streams = 0
         self._going: dict[str, None] = {}
@@ -202,7 +204,7 @@ class Broker:
         self._drainer = Drainer(settings.id, self.ownership, view, served, self._mover, rng)
         election = Election(store, keyspace, ELECTION, settings.id, lease_s=settings.lease_s, rng=rng)
         interval_s = settings.balance_interval_s
-        self._rebalancing = Rebalancing(election, view, served, self.peers, self.metrics, interval_s)
+        self._balancing = Balancing(election, view, served, self.peers, self.metrics, interval_s)
 
     # --- start and stop ---
 
@@ -211,7 +213,7 @@ class Broker:
         self._server = await self._serve(self._services(), self.settings.listen)
         self.port = self._server.port
         self.address = self.address or f"{self.settings.listen.rpartition(':')[0]}:{self.port}"
-        self._mover.address = self._rebalancing.address = self.address
+        self._mover.address = self._balancing.address = self.address
         await self.ownership.register(BrokerRegistration(self.settings.id, self.address, _version(), http_address))
         await self.view.start()
         await self.topics.start()
@@ -222,9 +224,9 @@ class Broker:
         self._spawn(self._doubt_loop, "doubt")
         self._spawn(self._sweep_loop, "sweep")
         self._spawn(self._drainer.run, "drain")
-        self._spawn(self._rebalancing.measure, "measure loads")
+        self._spawn(self._balancing.measure, "measure loads")
         if self.settings.balance:
-            self._spawn(self._rebalancing.lead, "balance")
+            self._spawn(self._balancing.lead, "balance")
         log.info("broker serves", broker=self.settings.id, address=self.address)
 
     async def stop(self) -> None:
@@ -352,7 +354,7 @@ class Broker:
             "Consume": self._streaming("consume", self._consume),
         }
         methods = {**admin.methods(), **self._members.methods(), **self._storage.methods()}
-        methods |= {**self._mover.methods(), **self._rebalancing.methods()}
+        methods |= {**self._balancing.methods(), **self._mover.methods(), **self._rebalance_admin.methods()}
         admin_methods = {name: self._unary(self._administering(method)) for name, method in methods.items()}
         admin_methods |= self._mover.methods_of_a_stopping_broker()
         return [

@@ -9,14 +9,7 @@ from magnetar.broker.describe import Records
 from magnetar.broker.layout import preferred_broker
 from magnetar.metadata.codec import decode_bookie, decode_broker
 from magnetar.metadata.keyspace import Keyspace
-from magnetar.metadata.records import (
-    BookieRegistration,
-    BrokerRegistration,
-    LedgerRecord,
-    LedgerState,
-    Owner,
-    ShardRecord,
-)
+from magnetar.metadata.records import BookieRegistration, BrokerRegistration, Owner, ShardRecord
 from magnetar.metadata.store import Delete, MetadataStore, Put
 from magnetar.node.rpc import Context, invalid_argument, parse
 from magnetar.v1 import admin_pb2 as pb
@@ -113,7 +106,7 @@ class Members:
         async for item in self._records.under(self._keyspace.index_prefix()):
             ledgers[self._keyspace.parse_index(item.key)[0]] += 1
         async for ledger in self._records.closed_ledgers():
-            held.update(bytes_held(ledger))
+            held.update(ledger.bytes_held())
         response = pb.ListBookiesResponse(
             bookies=[_bookie(one, living.get(one), ledgers[one], held[one]) for one in sorted(known | set(ledgers))]
         )
@@ -133,21 +126,6 @@ class Members:
         for bookie in response.bookies:
             bookie.draining = bookie.bookie_id in drains
             bookie.copies = copies[bookie.bookie_id]
-
-
-def bytes_held(record: LedgerRecord) -> dict[str, int]:
-    """What each bookie holds of a closed ledger: of each fragment its part of the entries, as large as the average."""
-    if record.state is not LedgerState.CLOSED or record.last_entry < 0:
-        return {}
-    held: Counter[str] = Counter()
-    ends = [*(fragment.first_entry for fragment in record.fragments[1:]), record.last_entry + 1]
-    for fragment, end in zip(record.fragments, ends, strict=True):
-        entries = max(0, min(end, record.last_entry + 1) - fragment.first_entry)
-        copies = entries * record.write_quorum
-        share = record.length * copies // (len(fragment.bookies) * (record.last_entry + 1))
-        for bookie in fragment.bookies:
-            held[bookie] += share
-    return dict(held)
 
 
 def _known(brokers: Mapping[str, tuple[Owner, BrokerRegistration]], broker_id: str) -> Owner:

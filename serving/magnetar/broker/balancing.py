@@ -35,7 +35,7 @@ ELECTION = "balancer"
 log = structlog.get_logger("magnetar.balancer")
 
 
-class Rebalancing:
+class Balancing:
     """See the module. `address` is this broker's own, once it listens."""
 
     def __init__(

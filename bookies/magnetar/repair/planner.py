@@ -1,0 +1,361 @@
+"""Which closed ledgers to move so that every bookie holds its even share. Pure: a function of one metadata snapshot.
+
+Words:
+
+load        of a bookie: what it holds of closed ledgers, in bytes (goal bytes) or in copies of ledgers (goal segments)
+even share  of a bookie: its part of the sum of all loads. By bytes it is in proportion to the size of its disk, so that
+            disks of different sizes fill up at the same time; equal disks have equal shares. By segments it is the same
+            number for all. A read-only bookie that holds less than its share cannot take more: it keeps what it has,
+            and the others share the rest
+skew        the largest |load - even share| / even share of any counted bookie; 0 = even, 1 = one is empty
+distance    the sum of |load - even share| over all counted bookies: twice what has to move at least
+
+Counted are bookies that have a session and are not draining; the others are emptied or repaired by other means. Left
+alone are ledgers that are being copied, that miss a copy, or that a draining bookie holds: they move anyway.
+
+Rules of every plan:
+
+1. A move takes one member's copy away and gives it to a bookie without a role in that ledger, and changes nothing else:
+   as many copies as before, never two on one bookie.
+2. No fragment of the ledger stands in fewer racks than before.
+3. The target is writable for this ledger, is not draining, and keeps FREE_SHARE_MIN of its disk free.
+4. A move takes from above the even share and gives to below it, and one of the two is outside of the tolerance. First
+   moves that fall short of both shares: each lowers the distance by twice its bytes. Then, less being left than any
+   ledger holds, moves that still lower the distance by their own bytes.
+5. A ledger moves once in a plan: its moves depend on nothing that another one does, and there are never more of them
+   than ledgers. Where that is not enough (more bookies joined than there were), the next plan goes on.
+6. Large ledgers move before those of half their size, newer before older ones, and one bookie gives all it has to give
+   before the next one does. So there are few moves, little is moved that is trimmed soon, and what leaves a bookie
+   stood side by side in its files: these vanish as a whole, where ledgers here and there would only leave holes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from magnetar.ledger.placement import is_eligible
+from magnetar.metadata.records import VACANT, BookieRegistration, BookieState, Goal, LedgerRecord, LedgerState, Move
+
+TOLERANCE = 0.02
+"""Of the even share: nearer than this nothing moves, so that a plan that was carried out leaves nothing to do."""
+FREE_SHARE_MIN = 0.10
+"""Of the target's disk after all moves: a bookie that is filled by them would soon be read-only."""
+MOVES_MAX = 40_000
+"""Of one plan. All of them stand in the metadata store."""
+OBJECTIONS_MAX = 20
+"""Named one by one; the rest is counted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """The records of a cluster as of `revision`.
+
+    bookies    those with a session
+    sessions   the revision at which each of these sessions began
+    ledgers    every CLOSED ledger
+    changed    the revision at which each ledger's record was last changed
+    draining   bookies that an operator wants to be empty
+    busy       ledgers that somebody moves or completes, each with who it is, in words
+    under_way  of these the moves whose end is known: loads count as if they were done
+    """
+
+    revision: int
+    bookies: Mapping[str, BookieRegistration]
+    sessions: Mapping[str, int]
+    ledgers: Sequence[LedgerRecord]
+    changed: Mapping[int, int]
+    draining: Collection[str] = ()
+    busy: Mapping[int, str] = field(default_factory=dict)
+    under_way: Mapping[int, Move] = field(default_factory=dict)
+
+    def is_counted(self, bookie_id: str) -> bool:
+        bookie = self.bookies.get(bookie_id)
+        return bookie is not None and bookie.state is not BookieState.DRAINING and bookie_id not in self.draining
+
+
+@dataclass(frozen=True, slots=True)
+class BookieShare:
+    """A bookie's load before and after, and its even share, in bytes or copies as the goal counts."""
+
+    bookie_id: str
+    before: int
+    after: int
+    even: float
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Moves, and what they change. `notes`: what the plan leaves alone and why, in words."""
+
+    revision: int
+    goal: Goal
+    moves: tuple[Move, ...]
+    shares: tuple[BookieShare, ...]
+    skew_before: float
+    skew_after: float
+    notes: tuple[str, ...] = ()
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(move.size_bytes for move in self.moves)
+
+
+def plan(
+    snapshot: Snapshot,
+    goal: Goal = Goal.BYTES,
+    *,
+    max_bytes: int | None = None,
+    shards: Collection[int] | None = None,
+    tolerance: float = TOLERANCE,
+) -> Plan:
+    """The moves that bring the cluster to its goal; none if it is there.
+
+    max_bytes   all moves together are at most so large
+    shards      only ledgers of these shards move; what is even is still judged by all ledgers
+    """
+    balance = _Balance(snapshot, goal, tolerance)
+    movable = [record for record in snapshot.ledgers if _is_movable(snapshot, record)]
+    wanted = [record for record in movable if shards is None or record.shard_id in shards]
+    # By segments every move counts the same: small ones first.
+    sign = 1 if goal is Goal.SEGMENTS else -1
+    wanted.sort(key=lambda record: (sign * record.length.bit_length(), -record.ledger_id))
+    before, skew_before = dict(balance.loads), balance.skew()
+    moves = _choose_moves(balance, wanted, max_bytes)
+    after = balance.loads
+    return Plan(
+        snapshot.revision,
+        goal,
+        tuple(moves),
+        tuple(BookieShare(name, round(before[name]), round(after[name]), balance.even[name]) for name in sorted(after)),
+        skew_before,
+        balance.skew(),
+        tuple(_notes(snapshot, balance, len(snapshot.ledgers) - len(movable), len(moves), tolerance)),
+    )
+
+
+def _choose_moves(balance: _Balance, ledgers: Sequence[LedgerRecord], max_bytes: int | None) -> list[Move]:
+    moves: list[Move] = []
+    moved: set[int] = set()
+    left = max_bytes
+    for exact in (True, False):
+        for record in ledgers:
+            if balance.is_even() or len(moves) >= MOVES_MAX:
+                return moves
+            if record.ledger_id in moved:
+                continue
+            move = balance.best_move(record, exact=exact, max_bytes=left)
+            if move is None:
+                continue
+            balance.apply(move)
+            moves.append(move)
+            moved.add(record.ledger_id)
+            if left is not None:
+                left -= move.size_bytes
+    return moves
+
+
+class _Balance:
+    """The loads of the counted bookies while moves are chosen.
+
+    loads, even   by bookie, in the unit of the goal
+    room          bytes that each bookie's disk takes from moves
+    _under        bookies below their share, the one that lacks most first; None = to be sorted again
+    _giving       the source of the last move
+    """
+
+    def __init__(self, snapshot: Snapshot, goal: Goal, tolerance: float) -> None:
+        self._snapshot = snapshot
+        self._goal = goal
+        self._tolerance = tolerance
+        counted = [name for name in snapshot.bookies if snapshot.is_counted(name)]
+        self.loads = dict.fromkeys(counted, 0.0)
+        for record in snapshot.ledgers:
+            for bookie, size_bytes in _held_soon(snapshot, record).items():
+                if bookie in self.loads and size_bytes:
+                    self.loads[bookie] += self._unit(size_bytes)
+        self.even = _even_shares(snapshot.bookies, self.loads, goal)
+        self.room = {name: _room(snapshot.bookies[name]) for name in counted}
+        self._under: list[str] | None = None
+        self._giving = ""
+
+    def _unit(self, size_bytes: int) -> float:
+        return float(size_bytes) if self._goal is Goal.BYTES else 1.0
+
+    def excess(self, bookie_id: str) -> float:
+        return self.loads[bookie_id] - self.even[bookie_id]
+
+    def skew(self) -> float:
+        return max((abs(self.excess(name)) / even for name, even in self.even.items() if even > 0), default=0.0)
+
+    def _is_near(self, bookie_id: str) -> bool:
+        return abs(self.excess(bookie_id)) <= self._tolerance * self.even[bookie_id]
+
+    def is_even(self) -> bool:
+        return all(self._is_near(name) for name in self.loads)
+
+    def under(self) -> list[str]:
+        if self._under is None:
+            self._under = sorted(
+                (name for name in self.loads if self.excess(name) < 0), key=lambda name: (self.excess(name), name)
+            )
+        return self._under
+
+    def best_move(self, record: LedgerRecord, *, exact: bool, max_bytes: int | None) -> Move | None:
+        """From who gives already, or has most too much, to who lacks most and may have it; None if it helps nobody."""
+        held = record.bytes_held()
+        sources = [name for name in held if self.excess(name) > 0 and held[name] > 0]
+        for source in sorted(sources, key=lambda name: (name != self._giving, -self.excess(name), name)):
+            size_bytes = held[source]
+            if max_bytes is not None and size_bytes > max_bytes:
+                continue
+            for target in self.under():
+                if (
+                    self._helps(source, target, self._unit(size_bytes), exact)
+                    and size_bytes <= self.room[target]
+                    and not objection(self._snapshot, record, source, target)
+                ):
+                    return Move(record.ledger_id, source, target, size_bytes)
+        return None
+
+    def _helps(self, source: str, target: str, unit: float, exact: bool) -> bool:
+        if self._is_near(source) and self._is_near(target):
+            return False
+        excess, lack = self.excess(source), -self.excess(target)
+        if exact:
+            return unit <= excess and unit <= lack
+        return excess + lack - abs(excess - unit) - abs(lack - unit) >= unit
+
+    def apply(self, move: Move) -> None:
+        self.loads[move.source] -= self._unit(move.size_bytes)
+        self.loads[move.target] += self._unit(move.size_bytes)
+        self.room[move.target] -= move.size_bytes
+        self._under = None
+        self._giving = move.source
+
+
+def _held_soon(snapshot: Snapshot, record: LedgerRecord) -> dict[str, int]:
+    held = record.bytes_held()
+    move = snapshot.under_way.get(record.ledger_id)
+    if move is not None and move.source in held:
+        held[move.target] = held.get(move.target, 0) + held.pop(move.source)
+    return held
+
+
+def _even_shares(bookies: Mapping[str, BookieRegistration], loads: Mapping[str, float], goal: Goal) -> dict[str, float]:
+    sized = goal is Goal.BYTES and all(bookies[name].disk_total_bytes > 0 for name in loads)
+    weights = {name: float(bookies[name].disk_total_bytes) if sized else 1.0 for name in loads}
+    kept: dict[str, float] = {}
+    while True:
+        rest = sum(loads.values()) - sum(kept.values())
+        weight = sum(weight for name, weight in weights.items() if name not in kept)
+        shares = {name: rest * weights[name] / weight for name in loads if name not in kept}
+        full = {
+            name: loads[name]
+            for name, share in shares.items()
+            if bookies[name].state is BookieState.READ_ONLY and loads[name] < share
+        }
+        if not full:
+            return {**shares, **kept}
+        kept |= full
+
+
+def _room(bookie: BookieRegistration) -> float:
+    if bookie.disk_total_bytes <= 0:
+        return float("inf")
+    return bookie.disk_free_bytes - FREE_SHARE_MIN * bookie.disk_total_bytes
+
+
+def _is_movable(snapshot: Snapshot, record: LedgerRecord) -> bool:
+    """A whole ledger that nobody else is going to move."""
+    if record.state is not LedgerState.CLOSED or record.copy is not None or record.ledger_id in snapshot.busy:
+        return False
+    if any(VACANT in fragment.bookies for fragment in record.fragments):
+        return False
+    return all(snapshot.is_counted(bookie) for bookie in record.bookies())
+
+
+def objection(snapshot: Snapshot, record: LedgerRecord, source: str, target: str) -> str:
+    """Why this copy must not move there, in words; empty if it may."""
+    bookie = snapshot.bookies.get(target)
+    if bookie is None:
+        return f"{target} has no session"
+    if not snapshot.is_counted(target):
+        return f"{target} is draining"
+    if not is_eligible(bookie, record.ledger_id):
+        what = "is read-only" if bookie.state is BookieState.READ_ONLY else "takes no old ledgers since its repair"
+        return f"{target} {what}"
+    if target in record.roles():
+        return f"{target} has a copy of it already"
+    if source not in record.bookies():
+        return f"{source} has no copy of it"
+    if not _keeps_racks(snapshot.bookies, record, source, target):
+        return f"it would stand in fewer racks without {source}"
+    return ""
+
+
+def _keeps_racks(bookies: Mapping[str, BookieRegistration], record: LedgerRecord, source: str, target: str) -> bool:
+    for fragment in record.fragments:
+        if source in fragment.bookies:
+            others = {bookies[name].rack for name in fragment.bookies if name != source and name in bookies}
+            source_rack = bookies[source].rack if source in bookies else None
+            if bookies[target].rack in others and source_rack is not None and source_rack not in others:
+                return False
+    return True
+
+
+def objections(snapshot: Snapshot, moves: Sequence[Move], revision: int) -> list[str]:
+    """What speaks against a plan of that revision now, in words: what has changed since, and what it must not do.
+
+    Ledgers that it does not name may come and go.
+    """
+    found: list[str] = []
+    if revision > snapshot.revision:
+        return [f"the plan is of revision {revision}, and this store has come to {snapshot.revision}: it is of another"]
+    found += (
+        f"bookie {name} registered after the plan was made"
+        for name, session in sorted(snapshot.sessions.items())
+        if session > revision
+    )
+    records = {record.ledger_id: record for record in snapshot.ledgers}
+    seen: set[int] = set()
+    for move in moves:
+        problem = _objection_to(snapshot, records.get(move.ledger_id), move, revision)
+        if move.ledger_id in seen:
+            problem = "the plan moves it twice"
+        seen.add(move.ledger_id)
+        if problem:
+            found.append(f"ledger {move.ledger_id}: {problem}")
+    if len(found) > OBJECTIONS_MAX:
+        return [*found[:OBJECTIONS_MAX], f"and {len(found) - OBJECTIONS_MAX} more like these"]
+    return found
+
+
+def _objection_to(snapshot: Snapshot, record: LedgerRecord | None, move: Move, revision: int) -> str:
+    if record is None:
+        return "it was trimmed or deleted"
+    if move.ledger_id in snapshot.busy:
+        return snapshot.busy[move.ledger_id]
+    if record.copy is not None:
+        return f"a copy of it is being made at {record.copy.target}"
+    if snapshot.changed[move.ledger_id] > revision:
+        return "it was changed: it was closed, moved or repaired after the plan was made"
+    return objection(snapshot, record, move.source, move.target)
+
+
+def _notes(snapshot: Snapshot, balance: _Balance, left_alone: int, moves: int, tolerance: float) -> list[str]:
+    draining = sorted(name for name in snapshot.bookies if not snapshot.is_counted(name))
+    notes = [f"bookie {name} is draining and not counted" for name in draining]
+    if left_alone:
+        notes.append(
+            f"{left_alone} ledgers are left alone: they are being copied, miss a copy, or stand on a bookie that is "
+            "draining or lost"
+        )
+    if moves >= MOVES_MAX:
+        notes.append(f"a plan has at most {MOVES_MAX:,} moves: plan again when they are done")
+    elif balance.skew() > tolerance:
+        notes.append(
+            "no more can be moved by this plan: a ledger moves once in it, never to a bookie that holds it or to fewer "
+            "racks or to a disk without room, and within --max-bytes and --topic; plan again when it is done"
+        )
+    return notes

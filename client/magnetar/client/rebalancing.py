@@ -1,0 +1,424 @@
+"""Rebalancing of bookies: plans, operations that carry them out, and the comparison of copies."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import datetime
+from typing import Any, Literal
+
+from magnetar.client.admin_calls import AdminCalls
+from magnetar.client.errors import InvalidArgument, LedgerNotFound
+from magnetar.client.layouts import full_topic
+from magnetar.client.message import from_microseconds
+from magnetar.v1 import metadata_pb2, rebalance_pb2
+
+RebalanceGoal = Literal["bytes", "segments"]
+
+THROTTLE_DEFAULT = 50_000_000
+"""Bytes per second of all copies of an operation together."""
+MOVES_PAGE = 5_000
+MARK_BYTES = 16
+
+_GOALS: dict[str, metadata_pb2.Goal] = {"bytes": metadata_pb2.GOAL_BYTES, "segments": metadata_pb2.GOAL_SEGMENTS}
+
+
+@dataclass(frozen=True, slots=True)
+class RebalanceMove:
+    """A ledger's copy at the bookie `source` goes to `target`. state: PENDING, DONE or SKIPPED, then with a reason."""
+
+    ledger: int
+    source: str
+    target: str
+    bytes: int
+    state: str = "PENDING"
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class BookieShare:
+    """What a bookie holds before and after a plan, and its even share: in bytes or copies, as the goal counts."""
+
+    bookie: str
+    before: int
+    after: int
+    even: float
+
+
+@dataclass(frozen=True, slots=True)
+class RebalancePlan:
+    """Moves that make a cluster even, as of a revision of its metadata. An empty one: there is nothing to do.
+
+    skew_before, skew_after   the largest distance of a bookie from its even share, as a part of it: 0 = even
+    notes                     what the plan leaves alone, and why
+    """
+
+    revision: int
+    goal: str
+    moves: tuple[RebalanceMove, ...]
+    bytes: int
+    skew_before: float
+    skew_after: float
+    bookies: tuple[BookieShare, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def seconds_at(self, throttle: int) -> float:
+        """How long it takes at so many bytes per second."""
+        return self.bytes / throttle
+
+    def as_json(self, throttle: int = THROTTLE_DEFAULT) -> dict[str, Any]:
+        """The documented JSON, to be saved and given to `from_json`."""
+        moves = [{"ledger": m.ledger, "from": m.source, "to": m.target, "bytes": m.bytes} for m in self.moves]
+        return {
+            "revision": self.revision,
+            "goal": self.goal,
+            "moves": moves,
+            "bytes": self.bytes,
+            "skew_before": self.skew_before,
+            "skew_after": self.skew_after,
+            "seconds_at_throttle": self.seconds_at(throttle),
+            "bookies": [
+                {"bookie": b.bookie, "before": b.before, "after": b.after, "even": b.even} for b in self.bookies
+            ],
+            "notes": list(self.notes),
+        }
+
+    @classmethod
+    def from_json(cls, text: str) -> RebalancePlan:
+        """A saved plan. Raises InvalidArgument for what is none."""
+        try:
+            saved = json.loads(text)
+            moves = tuple(
+                RebalanceMove(int(m["ledger"]), str(m["from"]), str(m["to"]), int(m["bytes"])) for m in saved["moves"]
+            )
+            goal, revision = str(saved["goal"]), int(saved["revision"])
+            skews = float(saved["skew_before"]), float(saved["skew_after"])
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            what = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+            raise InvalidArgument(
+                f"this is no saved plan: make one with `magnetar rebalance plan --output json` ({what})"
+            ) from None
+        return cls(revision, goal, moves, sum(move.bytes for move in moves), *skews)
+
+
+@dataclass(frozen=True, slots=True)
+class BookieTraffic:
+    """What an operation brings to a bookie and takes from it, in bytes, and how much of that is done."""
+
+    bookie: str
+    bytes_in: int
+    bytes_in_done: int
+    bytes_out: int
+    bytes_out_done: int
+
+
+@dataclass(frozen=True, slots=True)
+class RebalanceOperation:
+    """A plan that is carried out, in the cluster: it goes on whoever crashes.
+
+    state      RUNNING, PAUSED, CANCELLING (copies are taken back), CANCELLED or DONE
+    throttle   bytes per second of all its copies together
+    rate       measured in the last seconds, once it has ended on average; `eta_s` follows from it, None = unknown
+    problems   why it does not go on, in words; empty while it does
+    skipped    the first moves that could not be made, with their reasons
+    notes      what was left out when it was ordered
+    """
+
+    operation: str
+    goal: str
+    state: str
+    throttle: int
+    percent: float
+    moves: int
+    moves_done: int
+    moves_skipped: int
+    bytes: int
+    bytes_done: int
+    bytes_skipped: int
+    bytes_remaining: int
+    rate: int
+    eta_s: float | None
+    problems: tuple[str, ...]
+    revision: int
+    rollback_of: str
+    created: datetime
+    updated: datetime | None
+    ended: datetime | None
+    bookies: tuple[BookieTraffic, ...] = ()
+    skipped: tuple[RebalanceMove, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class LedgerVerification:
+    """What was compared of a ledger. `copies`: entries that a bookie has, and that equal all others by their checksums.
+
+    bytes      of all copies, about
+    problems   what is missing, damaged or different, in words
+    """
+
+    ledger: int
+    entries: int
+    copies: int
+    bytes: int
+    bookies: tuple[str, ...]
+    problems: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RebalanceVerification:
+    """The ledgers that an operation moved, compared. `trimmed`: of these are gone since."""
+
+    operation: str
+    ledgers: int
+    trimmed: int
+    entries: int
+    copies: int
+    bytes: int
+    problems: tuple[str, ...]
+
+
+class LedgerVerifier(AdminCalls):
+    """The comparison that ledgers and rebalancing share."""
+
+    async def _verify_ledger(self, ledger: int) -> LedgerVerification:
+        if not 0 < ledger < 1 << 64:
+            raise InvalidArgument(f"a ledger id is a positive number: ledger=`{ledger}`")
+        found = LedgerVerification(ledger, 0, 0, 0, (), ())
+        next_entry = 0
+        while True:
+            request = rebalance_pb2.VerifyLedgerRequest(ledger_id=ledger, first_entry=next_entry)
+            part = await self._ask("VerifyLedger", request, rebalance_pb2.VerifyLedgerResponse)
+            found = LedgerVerification(
+                ledger,
+                found.entries + part.entries,
+                found.copies + part.copies,
+                found.bytes + part.bytes,
+                tuple(sorted({*found.bookies, *part.bookies})),
+                (*found.problems, *part.problems),
+            )
+            next_entry = part.next_entry
+            if not next_entry:
+                return found
+
+
+class Rebalance(LedgerVerifier):
+    """Moves closed segments between bookies, until each holds its even share.
+
+    What is ordered goes on in the cluster. All orders raise OrderRefused for what cannot be as things stand.
+    """
+
+    async def plan(
+        self, *, goal: RebalanceGoal = "bytes", max_bytes: int | None = None, topic: str | None = None
+    ) -> RebalancePlan:
+        """What is to be moved now: at most `max_bytes`, and only segments of `topic` if they are given."""
+        request = rebalance_pb2.PlanRebalanceRequest(
+            goal=_goal(goal), max_bytes=max_bytes, topic="" if topic is None else full_topic(topic)
+        )
+        return _plan(await self._ask("PlanRebalance", request, rebalance_pb2.PlanRebalanceResponse))
+
+    async def apply(
+        self, plan: RebalancePlan, *, throttle: int = THROTTLE_DEFAULT, dry_run: bool = False
+    ) -> RebalanceOperation:
+        """Begins to carry a plan out. It is refused when it holds no more, with what has changed since it was made.
+
+        Returns the operation as it begins; it has an id, and goes on by itself.
+        """
+        request = rebalance_pb2.ApplyRebalanceRequest(
+            revision=plan.revision,
+            goal=_goal(plan.goal),
+            moves=[
+                rebalance_pb2.RebalanceMove(ledger_id=m.ledger, source=m.source, target=m.target, size_bytes=m.bytes)
+                for m in plan.moves
+            ],
+            bytes_per_s=_throttle(throttle),
+            mark=secrets.token_bytes(MARK_BYTES),
+            dry_run=dry_run,
+        )
+        response = await self._call("ApplyRebalance", request, rebalance_pb2.ApplyRebalanceResponse)
+        return replace(_described(response.operation), notes=tuple(response.notes))
+
+    async def list(self) -> list[RebalanceOperation]:
+        """All operations that the cluster remembers, the oldest first."""
+        response = await self._ask(
+            "ListRebalances", rebalance_pb2.ListRebalancesRequest(), rebalance_pb2.ListRebalancesResponse
+        )
+        return [_operation(one) for one in response.operations]
+
+    async def status(self, operation: str | None = None) -> RebalanceOperation:
+        """How far an operation is; the newest one if none is named."""
+        request = rebalance_pb2.DescribeRebalanceRequest(operation_id=operation or "")
+        response = await self._ask("DescribeRebalance", request, rebalance_pb2.DescribeRebalanceResponse)
+        return _described(response.operation)
+
+    async def throttle(self, operation: str, throttle: int, *, dry_run: bool = False) -> RebalanceOperation:
+        """Changes how many bytes per second all copies of the operation take together."""
+        return await self._change(operation, bytes_per_s=_throttle(throttle), dry_run=dry_run)
+
+    async def pause(self, operation: str, *, dry_run: bool = False) -> RebalanceOperation:
+        """Begins no more copies; those under way end."""
+        return await self._change(operation, metadata_pb2.OPERATION_STATE_PAUSED, dry_run=dry_run)
+
+    async def resume(self, operation: str, *, dry_run: bool = False) -> RebalanceOperation:
+        """Goes on after a pause."""
+        return await self._change(operation, metadata_pb2.OPERATION_STATE_RUNNING, dry_run=dry_run)
+
+    async def cancel(self, operation: str, *, dry_run: bool = False) -> RebalanceOperation:
+        """Ends it, and drops copies that are not finished; what was moved stays: see `rollback`."""
+        return await self._change(operation, metadata_pb2.OPERATION_STATE_CANCELLED, dry_run=dry_run)
+
+    async def rollback(
+        self, operation: str, *, throttle: int | None = None, dry_run: bool = False
+    ) -> RebalanceOperation:
+        """Begins an operation that takes back what this one moved, once it has ended; at its throttle by default."""
+        request = rebalance_pb2.RollBackRebalanceRequest(
+            operation_id=operation,
+            bytes_per_s=0 if throttle is None else _throttle(throttle),
+            mark=secrets.token_bytes(MARK_BYTES),
+            dry_run=dry_run,
+        )
+        response = await self._call("RollBackRebalance", request, rebalance_pb2.RollBackRebalanceResponse)
+        return replace(_described(response.operation), notes=tuple(response.notes))
+
+    async def verify(
+        self, operation: str | None = None, *, on_ledger: Callable[[LedgerVerification], None] | None = None
+    ) -> RebalanceVerification:
+        """Compares all copies of every ledger that the operation moved. `on_ledger` is told of each."""
+        name = (await self.status(operation)).operation
+        found = RebalanceVerification(name, 0, 0, 0, 0, 0, ())
+        skip, more = 0, True
+        while more:
+            request = rebalance_pb2.ListRebalanceMovesRequest(operation_id=name, skip=skip, limit=MOVES_PAGE)
+            page = await self._ask("ListRebalanceMoves", request, rebalance_pb2.ListRebalanceMovesResponse)
+            for move in page.moves:
+                if move.state == metadata_pb2.MOVE_STATE_DONE:
+                    found = await self._verify_one(found, move.ledger_id, on_ledger)
+            skip, more = skip + len(page.moves), page.more and bool(page.moves)
+        return found
+
+    async def _verify_one(
+        self,
+        found: RebalanceVerification,
+        ledger: int,
+        on_ledger: Callable[[LedgerVerification], None] | None,
+    ) -> RebalanceVerification:
+        try:
+            one = await self._verify_ledger(ledger)
+        except LedgerNotFound:
+            return replace(found, trimmed=found.trimmed + 1)
+        if on_ledger is not None:
+            on_ledger(one)
+        return replace(
+            found,
+            ledgers=found.ledgers + 1,
+            entries=found.entries + one.entries,
+            copies=found.copies + one.copies,
+            bytes=found.bytes + one.bytes,
+            problems=(*found.problems, *one.problems),
+        )
+
+    async def _change(
+        self,
+        operation: str,
+        state: metadata_pb2.OperationState = metadata_pb2.OPERATION_STATE_UNSPECIFIED,
+        *,
+        bytes_per_s: int = 0,
+        dry_run: bool,
+    ) -> RebalanceOperation:
+        request = rebalance_pb2.ChangeRebalanceRequest(
+            operation_id=operation, state=state, bytes_per_s=bytes_per_s, dry_run=dry_run
+        )
+        response = await self._call("ChangeRebalance", request, rebalance_pb2.ChangeRebalanceResponse)
+        return _operation(response.operation)
+
+
+def _goal(goal: str) -> metadata_pb2.Goal:
+    if goal not in _GOALS:
+        raise InvalidArgument(f"a rebalancing has a goal, {' or '.join(_GOALS)}: goal=`{goal}`")
+    return _GOALS[goal]
+
+
+def _throttle(throttle: int) -> int:
+    if throttle <= 0:
+        raise InvalidArgument(
+            f"a throttle is above zero bytes per second: pause the operation to stop it throttle=`{throttle}`"
+        )
+    return throttle
+
+
+def _goal_name(goal: metadata_pb2.Goal) -> str:
+    return metadata_pb2.Goal.Name(goal).removeprefix("GOAL_").lower()
+
+
+def _plan(plan: rebalance_pb2.PlanRebalanceResponse) -> RebalancePlan:
+    moves = tuple(_move(move) for move in plan.moves)
+    return RebalancePlan(
+        plan.revision,
+        _goal_name(plan.goal),
+        moves,
+        sum(move.bytes for move in moves),
+        plan.skew_before,
+        plan.skew_after,
+        tuple(BookieShare(b.bookie_id, b.before, b.after, b.even) for b in plan.bookies),
+        tuple(plan.notes),
+    )
+
+
+def _move(move: rebalance_pb2.RebalanceMove) -> RebalanceMove:
+    state = metadata_pb2.MoveState.Name(move.state).removeprefix("MOVE_STATE_")
+    return RebalanceMove(move.ledger_id, move.source, move.target, move.size_bytes, state, move.reason)
+
+
+def _described(description: rebalance_pb2.RebalanceDescription) -> RebalanceOperation:
+    traffic = tuple(
+        BookieTraffic(b.bookie_id, b.bytes_in, b.bytes_in_done, b.bytes_out, b.bytes_out_done)
+        for b in description.bookies
+    )
+    skipped = tuple(_move(move) for move in description.skipped)
+    return replace(_operation(description.operation), bookies=traffic, skipped=skipped)
+
+
+def _operation(operation: metadata_pb2.Operation) -> RebalanceOperation:
+    wanted = operation.size_bytes - operation.bytes_skipped
+    remaining = max(0, wanted - operation.bytes_done)
+    moves_wanted = operation.moves - operation.moves_skipped
+    if wanted:
+        percent = 100.0 * operation.bytes_done / wanted
+    else:
+        percent = 100.0 * operation.moves_done / moves_wanted if moves_wanted else 100.0
+    running = operation.state == metadata_pb2.OPERATION_STATE_RUNNING
+    speed = operation.rate or (0 if operation.problems else operation.bytes_per_s)
+    return RebalanceOperation(
+        operation=operation.operation_id,
+        goal=_goal_name(operation.goal),
+        state=_state_name(operation),
+        throttle=operation.bytes_per_s,
+        percent=percent,
+        moves=operation.moves,
+        moves_done=operation.moves_done,
+        moves_skipped=operation.moves_skipped,
+        bytes=operation.size_bytes,
+        bytes_done=operation.bytes_done,
+        bytes_skipped=operation.bytes_skipped,
+        bytes_remaining=remaining,
+        rate=operation.rate,
+        eta_s=remaining / speed if running and speed else None,
+        problems=tuple(operation.problems),
+        revision=operation.revision,
+        rollback_of=operation.rollback_of,
+        created=from_microseconds(operation.created_us),
+        updated=_time(operation.updated_us),
+        ended=_time(operation.ended_us),
+    )
+
+
+def _state_name(operation: metadata_pb2.Operation) -> str:
+    if operation.state == metadata_pb2.OPERATION_STATE_CANCELLED and not operation.ended_us:
+        return "CANCELLING"
+    return metadata_pb2.OperationState.Name(operation.state).removeprefix("OPERATION_STATE_")
+
+
+def _time(time_us: int) -> datetime | None:
+    return from_microseconds(time_us) if time_us else None
