@@ -56,6 +56,18 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     return report
 
 
+@pytest.fixture(scope="session")
+def shared_cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Of a metadata store and so many bookies, for all tests that ask for such a one: see `on`."""
+    kind, bookies = request.param
+    cluster = Cluster(tmp_path_factory.mktemp("cluster"), metadata=kind, bookies=bookies)
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.close()
+
+
 @pytest.fixture
 def load(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Load]:
     """Clients of the test's cluster, which is mended first; they run on return."""
@@ -77,7 +89,7 @@ def judge(request: pytest.FixtureRequest, tmp_path: Path) -> Judge:
         verdict = load.finish()
         rows = request.config.stash[ROWS]
         rows.append(row(request.node.name.removeprefix("test_"), verdict))
-        print("\n" + "\n".join(table(rows[-1:])))
+        print("\n" + "\n".join([*table(rows[-1:]), "longest pauses:", *load.pauses()]))
         (tmp_path / "verdict.json").write_text(json.dumps({"run": request.node.name, **verdict.as_json()}, indent=2))
         assert not verdict.problems, "\n".join(verdict.problems)
 

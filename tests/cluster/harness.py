@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
 
+import pytest
 from cluster.network import Network
 
 from magnetar.client.sync import Client, connect
@@ -50,6 +51,12 @@ def until(what: str, found: Callable[[], T | None], timeout_s: float = START_S) 
 def pass_time(seconds: float) -> None:
     """A fault or a load lasts: nothing else is waited for here."""
     time.sleep(seconds)
+
+
+def on(*clusters: tuple[MetadataKind, int]) -> pytest.MarkDecorator:
+    """Marks a test that runs on these shared clusters: a metadata store, and so many bookies."""
+    names = [f"{store}-{bookies}" for store, bookies in clusters]
+    return pytest.mark.parametrize("shared_cluster", clusters, ids=names, indirect=True, scope="session")
 
 
 # --- processes ---

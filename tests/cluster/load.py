@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,10 @@ ANSWERED_FIRST = 1000
 DRAIN_S = 120.0
 REDELIVERY_S = 3.0
 """How long after the end of a fault consumers may still get what they had not acknowledged."""
+
+
+Window = tuple[float, float]
+"""Begin and end of a time."""
 
 
 @dataclass
@@ -50,11 +55,11 @@ class Load:
         for kind, count in CONSUMERS.items():
             servers, history = self.cluster.servers, self._file(kind)
             self._launch(kind, ConsumeConfig(servers, self.topic, history, kind, kind, count))
-        for kind, count in CONSUMERS.items():
-            until(f"{kind} consumers are open", lambda kind=kind, count=count: self._count(kind, "consumers") >= count)
         history = self._file(PUBLISHERS)
         config = PublishConfig(self.cluster.servers, self.topic, history, self.groups)
         self._launch(PUBLISHERS, config)
+        for kind, count in CONSUMERS.items():
+            until(f"{kind} consumers are open", lambda kind=kind, count=count: self._count(kind, "consumers") >= count)
         until("messages are answered", lambda: self._count(PUBLISHERS, "answered") >= ANSWERED_FIRST)
 
     def close(self) -> None:
@@ -62,7 +67,7 @@ class Load:
         for process in self.processes.values():
             process.kill()
 
-    def run(self, seconds: float) -> tuple[float, float]:
+    def run(self, seconds: float) -> Window:
         """Lets it go on; returns begin and end of this time."""
         begin = time.monotonic()
         pass_time(seconds)
@@ -83,8 +88,10 @@ class Load:
         """
         begin = time.monotonic()
         yield
-        end = time.monotonic() + REDELIVERY_S
-        self.events.append({"event": "fault", "time": begin, "what": what, "until": end, "redelivers": redelivers})
+        end = time.monotonic()
+        until = end + REDELIVERY_S
+        fault = {"event": "fault", "time": begin, "what": what, "end": end, "until": until, "redelivers": redelivers}
+        self.events.append(fault)
 
     def finish(self) -> Verdict:
         """Stops the producers, waits until everything is acknowledged, reads everything back, and judges `history`."""
@@ -92,7 +99,9 @@ class Load:
         failed = self._count(PUBLISHERS, "failed")
         self._drain()
         for kind in CONSUMERS:
-            assert self.processes[kind].terminate() == 0, self.processes[kind].tail()
+            self.processes[kind].signal(signal.SIGTERM)
+        for kind in CONSUMERS:
+            assert self.processes[kind].wait() == 0, self.processes[kind].tail()
         self._read_back()
         assert not failed, f"{failed} messages were answered with an error: see {self._file(PUBLISHERS)}"
         own = self.folder / "test.jsonl"
@@ -104,6 +113,12 @@ class Load:
             return self.history.judge()
         finally:
             gc.enable()
+
+    def pauses(self) -> list[str]:
+        """The longest pause during each fault, in words; once the load has ended."""
+        faults = [event for event in self.events if event["event"] == "fault"]
+        longest = [self.history.longest_pause(fault["time"], fault["end"]) for fault in faults]
+        return [f"{fault['what']}: {pause_s:.2f} s" for fault, pause_s in zip(faults, longest, strict=True)]
 
     def tails(self) -> list[tuple[str, str]]:
         """The last lines that each process of clients wrote to stderr."""

@@ -2,40 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator
 
 import pytest
-from cluster.harness import LEASE_S, METADATA, Cluster, until
-from cluster.load import Judge, Load
+from cluster.harness import LEASE_S, METADATA, Cluster, MetadataKind, on, until
+from cluster.load import Judge, Load, Window
 
 from magnetar.client.sync import Client
 
 GOES_ON_S = 2.0
 """No producer waits longer for an answer where publishing goes on."""
 
-EVERY_CLUSTER = [("server", 3), ("server", 4), ("etcd", 3), ("etcd", 4)]
+EITHER_STORE: list[tuple[MetadataKind, int]] = [("server", 3), ("etcd", 4)]
 """Metadata store and bookies: three leave no spare, with four the ensemble changes."""
 
-EITHER_STORE = [("server", 3), ("etcd", 4)]
+EVERY_CLUSTER: list[tuple[MetadataKind, int]] = [*EITHER_STORE, ("server", 4), ("etcd", 3)]
 
 TAKEOVER_S = LEASE_S + 1.0
 QUIET_S = 2.0
 
 
-def on(clusters: Sequence[tuple[str, int]]) -> pytest.MarkDecorator:
-    names = [f"{store}-{bookies}" for store, bookies in clusters]
-    return pytest.mark.parametrize("cluster", clusters, ids=names, indirect=True, scope="module")
-
-
-@pytest.fixture(scope="module")
-def cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    kind, bookies = request.param
-    cluster = Cluster(tmp_path_factory.mktemp("cluster"), metadata=kind, bookies=bookies)
-    try:
-        cluster.start()
-        yield cluster
-    finally:
-        cluster.close()
+@pytest.fixture
+def cluster(shared_cluster: Cluster) -> Cluster:
+    return shared_cluster
 
 
 @pytest.fixture
@@ -50,25 +40,36 @@ def ensembles(client: Client, topic: str) -> list[tuple[str, ...]]:
     return [ledger.fragments[-1].bookies for ledger in ledgers if ledger.state == "OPEN"]
 
 
-@on(EVERY_CLUSTER)
-def test_sigkill_of_a_bookie(cluster: Cluster, load: Load, client: Client, judge: Judge) -> None:
+@on(*EVERY_CLUSTER)
+def test_sigkill_of_each_part_in_turn(cluster: Cluster, load: Load, client: Client, judge: Judge) -> None:
     load.run(QUIET_S)
+    begin = time.monotonic()
+    undisturbed = [kill_a_bookie(cluster, load, client)]
+    kill_the_owner(cluster, load, client)
+    if (cluster.metadata_kind, len(cluster.bookies)) in EITHER_STORE:
+        undisturbed += kill_metadata(cluster, load)
+    end = time.monotonic()
+    if (cluster.metadata_kind, len(cluster.bookies)) in EITHER_STORE:
+        kill_everything(cluster, load)
+    judge(load)
+    for window in undisturbed:
+        assert load.history.longest_pause(*window) < GOES_ON_S
+    assert load.history.longest_pause(begin, end) < TAKEOVER_S
+
+
+def kill_a_bookie(cluster: Cluster, load: Load, client: Client) -> Window:
     victim = ensembles(client, load.topic)[0][0]
-    spare = len(cluster.bookies) > 3
     with load.fault(f"SIGKILL {victim}", redelivers=False):
         cluster.kill(victim)
         down = load.run(LEASE_S + 2.0)
-        if spare:
+        if len(cluster.bookies) > 3:
             until("the spare takes the place", lambda: not any(victim in one for one in ensembles(client, load.topic)))
         cluster.restart(victim)
         load.run(QUIET_S)
-    judge(load)
-    assert load.history.longest_pause(*down) < GOES_ON_S
+    return down
 
 
-@on(EVERY_CLUSTER)
-def test_sigkill_of_the_owning_broker(cluster: Cluster, load: Load, client: Client, judge: Judge) -> None:
-    load.run(QUIET_S)
+def kill_the_owner(cluster: Cluster, load: Load, client: Client) -> None:
     victim = cluster.owner(client, load.topic)
     assert victim is not None
     with load.fault(f"SIGKILL {victim}", redelivers=True):
@@ -77,13 +78,9 @@ def test_sigkill_of_the_owning_broker(cluster: Cluster, load: Load, client: Clie
         load.run_until_answered(10_000)
         cluster.restart(victim)
         load.run(QUIET_S)
-    judge(load)
-    assert load.history.longest_pause() < TAKEOVER_S
 
 
-@on(EITHER_STORE)
-def test_sigkill_of_metadata(cluster: Cluster, load: Load, judge: Judge) -> None:
-    load.run(QUIET_S)
+def kill_metadata(cluster: Cluster, load: Load) -> list[Window]:
     # Within a lease no session ends, and nobody is disturbed.
     with load.fault("SIGKILL metadata", redelivers=False):
         cluster.kill(METADATA)
@@ -96,17 +93,12 @@ def test_sigkill_of_metadata(cluster: Cluster, load: Load, judge: Judge) -> None
         longer = load.run(LEASE_S + 2.0)
         cluster.restart(METADATA)
         load.run(LEASE_S)
-    judge(load)
-    assert load.history.longest_pause(*away) < GOES_ON_S
-    assert load.history.longest_pause(*longer) < GOES_ON_S
+    return [away, longer]
 
 
-@on(EITHER_STORE)
-def test_sigkill_of_everything_at_once(cluster: Cluster, load: Load, judge: Judge) -> None:
-    load.run(QUIET_S)
+def kill_everything(cluster: Cluster, load: Load) -> None:
     with load.fault("SIGKILL everything", redelivers=True):
         cluster.kill_all()
         cluster.restart_all()
         load.run_until_answered(10_000)
         load.run(QUIET_S)
-    judge(load)

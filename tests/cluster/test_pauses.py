@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
-from cluster.harness import LEASE_S, METADATA, Cluster, until
+from cluster.harness import LEASE_S, METADATA, Cluster, on, until
 from cluster.load import Judge, Load
 
 from magnetar.client.sync import Client
@@ -23,17 +21,12 @@ GOES_ON_S = 2.0
 TAKEOVER_S = LEASE_S + 1.0
 
 
-@pytest.fixture(scope="module", params=[("server", 3), ("etcd", 4)], ids=lambda param: f"{param[0]}-{param[1]}")
-def cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    kind, bookies = request.param
-    cluster = Cluster(tmp_path_factory.mktemp("cluster"), metadata=kind, bookies=bookies)
-    try:
-        cluster.start()
-        yield cluster
-    finally:
-        cluster.close()
+@pytest.fixture
+def cluster(shared_cluster: Cluster) -> Cluster:
+    return shared_cluster
 
 
+@on(("server", 3))
 def test_sigstop_of_a_bookie_is_hidden_by_the_others(cluster: Cluster, load: Load, judge: Judge) -> None:
     load.run(2.0)
     quiet = load.run(QUIET_S)
@@ -50,18 +43,23 @@ def test_sigstop_of_a_bookie_is_hidden_by_the_others(cluster: Cluster, load: Loa
     assert meanwhile.p999 <= WORSE_AT_MOST * before.p999
 
 
+@on(("server", 3), ("etcd", 4))
 def test_sigstop_of_a_broker_makes_no_second_writer(cluster: Cluster, load: Load, judge: Judge) -> None:
     load.run(2.0)
     with cluster.connect() as client:
         victim = owners(client, load.topic)[0]
-    with load.fault(f"SIGSTOP {victim}", redelivers=True):
-        cluster.pause(victim)
+    # With a spare a bookie stands still at the same time: who takes over recovers without it.
+    stopped = [victim, *(["bookie0"] if len(cluster.bookies) > 3 else [])]
+    with load.fault(f"SIGSTOP {' and '.join(stopped)}", redelivers=True):
+        for name in stopped:
+            cluster.pause(name)
         load.run(PAUSE_S - ASKING_S)
         # Whoever is asked: the one that stands still keeps nobody waiting for long.
         with cluster.connect(ASKING_S) as client:
             assert victim not in owners(client, load.topic)
         load.run(ASKING_S)
-        cluster.resume(victim)
+        for name in stopped:
+            cluster.resume(name)
         load.run(3.0)
         with cluster.connect() as client:
             assert victim not in owners(client, load.topic)
@@ -69,14 +67,17 @@ def test_sigstop_of_a_broker_makes_no_second_writer(cluster: Cluster, load: Load
     assert load.history.longest_pause() < TAKEOVER_S
 
 
-def test_sigstop_of_the_metadata_store_holds_up_nobody(cluster: Cluster, load: Load, judge: Judge) -> None:
+@on(("server", 3))
+def test_sigstop_of_the_metadata_server_holds_up_nobody_and_ends_no_session(
+    cluster: Cluster, load: Load, judge: Judge
+) -> None:
     load.run(2.0)
     with cluster.connect() as client:
         before = owners(client, load.topic)
-    # Sessions may end when it goes on: etcd counts the time it stood still, our server does not.
-    with load.fault("SIGSTOP metadata", redelivers=True):
+    # It gives leases their full time again when it goes on: nobody's session ends.
+    with load.fault("SIGSTOP metadata", redelivers=False):
         cluster.pause(METADATA)
-        stopped = load.run(PAUSE_S)
+        load.run(PAUSE_S)
         cluster.resume(METADATA)
         load.run(LEASE_S + 3.0)
         with cluster.connect() as client:
@@ -84,10 +85,8 @@ def test_sigstop_of_the_metadata_store_holds_up_nobody(cluster: Cluster, load: L
             after = owners(client, load.topic)
             client.admin.topics.create(f"{load.topic}-after")
     judge(load)
-    assert load.history.longest_pause(*stopped) < GOES_ON_S
-    assert load.history.longest_pause() < TAKEOVER_S
-    if cluster.metadata_kind == "server":
-        assert after == before
+    assert load.history.longest_pause() < GOES_ON_S
+    assert after == before
 
 
 def is_well(client: Client, cluster: Cluster) -> bool:

@@ -87,7 +87,8 @@ def produce(
             run_with_client(server, timeout, send)
     except (typer.Exit, CommandFailed):
         if stored and not dry_run:
-            note(f"magnetar: stopped early: {stored:,} messages are stored, those after them may or may not be")
+            known = "1 message is" if stored == 1 else f"{stored:,} messages are"
+            note(f"magnetar: stopped early: {known} stored, what came after may or may not be")
         raise
     if output is Output.json:
         emit_json({"topic": topic, "messages": stored, "dry_run": dry_run})
