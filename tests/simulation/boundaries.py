@@ -23,8 +23,9 @@ from magnetar.ledger.bookie_rpc import AddGroup, AddResult, AddStatus, EntryOutc
 from magnetar.metadata.codec import decode_ledger, decode_shard
 from magnetar.metadata.keyspace import KeyKind, Keyspace
 from magnetar.metadata.memory import MemoryStore
-from magnetar.metadata.records import LedgerRecord, LedgerState, ShardRecord
+from magnetar.metadata.records import LedgerRecord, LedgerState, Owner, ShardRecord
 from magnetar.metadata.store import Operation, Put
+from magnetar.v1 import admin_pb2
 from magnetar.wire.envelope import peek
 
 
@@ -46,6 +47,17 @@ class Boundaries:
         self._shards: dict[int, ShardRecord] = {}
         self.on_claim: Callable[[int], None] = lambda shard: None
         """Hears of each shard whose epoch grew."""
+        self._expected: set[tuple[int, Owner, str]] = set()
+        """Shards that an owner was to pass on, and to whom: that one may claim them, should the owner be silent."""
+
+    # --- brokers ---
+
+    def called(self, address: str, method: str, data: bytes) -> None:
+        """A broker, or an operator, calls a broker."""
+        if method.endswith("/ReceiveShard"):
+            request = admin_pb2.ReceiveShardRequest.FromString(data)
+            source = Owner(request.source.broker_id, request.source.session)
+            self._expected.add((request.shard_id, source, address.partition(":")[0]))
 
     # --- bookies ---
 
@@ -150,7 +162,10 @@ class Boundaries:
             return
         if not self._lives(owner.broker_id, owner.session):
             self._fail(f"claim: {by} gave a shard to a session that is over: shard={record.shard_id} owner={owner}")
-        if old is not None and by != old.broker_id != owner.broker_id and self._lives(old.broker_id, old.session):
+        if old is None or by == old.broker_id or old.broker_id == owner.broker_id:
+            return
+        expected = (record.shard_id, old, by) in self._expected
+        if not expected and self._lives(old.broker_id, old.session):
             self._fail(f"claim: {by} took a shard from a living owner: shard={record.shard_id} {old} -> {owner}")
 
     def _lives(self, broker_id: str, session: int) -> bool:

@@ -30,6 +30,8 @@ class Listeners:
 
     def __init__(self) -> None:
         self.at: dict[str, SimulatedServer] = {}
+        self.called: Callable[[str, str, bytes], None] = lambda address, method, request: None
+        """Hears of each call from broker to broker."""
 
 
 class SimulatedServer:
@@ -371,6 +373,7 @@ class SimulatedChannel:
     def unary_unary(self, method: str) -> Callable[..., Awaitable[bytes]]:
         async def call(request: bytes, timeout: float) -> bytes:
             self._network.transcript.note(self._process.name, "calls", self._address, method)
+            self._listeners.called(self._address, method, request)
             call = ClientCall(
                 self._network, self._process, self._listeners, self._address, method, translate=lambda error: error
             )

@@ -31,6 +31,7 @@ import structlog  # noqa: E402
 from simulation import entropy, planted  # noqa: E402
 from simulation.checkers import HEALED_S, verify  # noqa: E402
 from simulation.faults import Faults  # noqa: E402
+from simulation.moves import Moves  # noqa: E402
 from simulation.oracle import Oracle, Violation  # noqa: E402
 from simulation.repair import Repair  # noqa: E402
 from simulation.workload import CALLS, KEPT, Scene, Workload  # noqa: E402
@@ -38,6 +39,8 @@ from simulation.world import Shape, World  # noqa: E402
 
 REPAIRED_SEEDS = 0.6
 """Share of the seeds with busy collectors in which copies of closed ledgers are moved."""
+MOVED_SEEDS = 0.6
+"""Share of the seeds in which an operator moves shards between brokers."""
 ALL_PLANTS = "all"
 FAULTS_S = 40.0
 """Virtual seconds after which faults end, if the calls are not used up before."""
@@ -75,6 +78,7 @@ class Simulation:
         self.workload = Workload(self.world, self.oracle, Scene.draw(rng, calls), seed)
         self.faults = Faults(self.world, seed)
         self.repairs = shape.gc_interval_s < 1.0 and rng.random() < REPAIRED_SEEDS
+        self.moves = random.Random(f"moving {seed}").random() < MOVED_SEEDS
 
     def run(self) -> str:
         """The invariant that was violated, or nothing."""
@@ -93,7 +97,9 @@ class Simulation:
         await world.start()
         await self.workload.prepare()
         self.faults.start()
-        repair = Repair(world, await self.workload.shards_of(KEPT), self.seed) if self.repairs else None
+        kept = await self.workload.shards_of(KEPT)
+        repair = Repair(world, kept, self.seed) if self.repairs else None
+        moves = Moves(world, kept, self.seed) if self.moves else None
         working = asyncio.create_task(self.workload.run())
         await asyncio.wait({working}, timeout=FAULTS_S)
         await self.faults.stop()
@@ -102,6 +108,9 @@ class Simulation:
         if not done:
             self._fail(f"delivery: calls of clients do not return within {HEALED_S} s after all faults ended")
         working.result()
+        if moves is not None:
+            await asyncio.wait({asyncio.create_task(moves.stop())}, timeout=HEALED_S)
+            world.transcript.note("operator moved", moves.moved)
         if repair is not None:
             await asyncio.wait({asyncio.create_task(repair.stop())}, timeout=HEALED_S)
             world.transcript.note("repair moved", repair.moved)

@@ -110,6 +110,7 @@ class World:
         """Looks at every answer of a bookie and every change of metadata from now on."""
         self.boundaries = Boundaries(fail, self.disks, self.metadata.store, self.keyspace)
         self.boundaries.on_claim = self._claimed
+        self.listeners.called = self.boundaries.called
         self.reachable.boundaries = self.metadata.boundaries = self.boundaries
 
     @property
