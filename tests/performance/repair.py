@@ -122,7 +122,7 @@ async def measure(cluster: Cluster, size_bytes: int, bytes_per_s: int) -> dict[s
         publishing.cancel()
         await asyncio.gather(publishing, return_exceptions=True)
     copied = sum(cluster.metric(name, "magnetar_repair_copied_bytes_total") for name in cluster.bookies if name != LOST)
-    compared = compare_copies(cluster._addresses[METADATA])
+    compared = await asyncio.to_thread(compare_copies, cluster._addresses[METADATA])
     assert not compared.problems, compared.problems[:10]
     p99_quiet, p99_repair = (publisher.percentile_ms(window, 0.99) for window in (quiet, repair))
     return {
