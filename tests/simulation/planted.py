@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -187,16 +187,18 @@ def end_of_a_copy_that_drops_a_concurrent_change() -> None:
 def collector_that_trusts_a_partial_listing() -> None:
     """It takes what it got before the store fell silent for all there is."""
 
-    async def planted_list(self: Collector, prefix: str) -> list[Any]:
+    async def planted(self: Collector, local: Iterable[int]) -> list[tuple[int, int]]:
         try:
-            return list((await self._metadata.range(prefix)).items)
+            items = (await self._metadata.range(self._index_prefix())).items
         except MetadataUnavailable:
-            return []
+            items = ()
+        indexed = {self._keyspace.parse_index(item.key)[1] for item in items}
+        return [(ledger_id, 0) for ledger_id in local if ledger_id not in indexed]
 
     async def planted_role(self: Collector, ledger_id: int, shard_id: int) -> bool:
         return False
 
-    Collector._list = planted_list  # type: ignore[method-assign]
+    Collector._unnamed = planted  # type: ignore[method-assign]
     Collector._has_role = planted_role  # type: ignore[method-assign]
 
 

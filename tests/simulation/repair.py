@@ -25,6 +25,7 @@ from magnetar.metadata.copy_txns import CopyTxn, Stored, StoredTask
 from magnetar.metadata.records import CopyReason, CopyTask
 from magnetar.metadata.store import MetadataUnavailable
 from magnetar.repair.auditor import Auditor
+from magnetar.repair.copying import runs_of
 from magnetar.repair.metrics import RepairMetrics
 from magnetar.repair.replicator import Replicator
 
@@ -53,6 +54,8 @@ class Repair:
         self._made: dict[int, CopyTask] = {}
         self._left: dict[int, str] = {}
         """Ledger -> the bookie that its last move left."""
+        self._taken: dict[int, str] = {}
+        """Ledger -> the bookie that took it over last."""
         self.moved = 0
         for name in (*world.bookies(), AUDITOR):
             self._start(name)
@@ -64,10 +67,11 @@ class Repair:
         await self.task
         for name in list(self._workers):
             self._kill(name)
-        left: object = True
-        while left:
-            await asyncio.sleep(PAUSE_S)
-            left = await self._unanswered(self._give_all_up)
+        for work in (self._give_all_up, self._check_moved):
+            left: object = True
+            while left:
+                await asyncio.sleep(PAUSE_S)
+                left = await self._unanswered(work)
 
     # --- workers ---
 
@@ -169,6 +173,7 @@ class Repair:
             if ledger is not None and task.target in ledger.record.bookies():
                 self.moved += 1
                 self._left[ledger_id] = task.place
+                self._taken[ledger_id] = task.target
 
     async def _give_up(self, stored: StoredTask) -> None:
         ledger = await self._ledger(stored.task.ledger_id)
@@ -183,6 +188,21 @@ class Repair:
         for stored in tasks:
             await self._give_up(stored)
         return bool(tasks)
+
+    async def _check_moved(self) -> None:
+        """Who took a part over has all of it, however often it was moved before: nothing else would find that out."""
+        for ledger_id, target in self._taken.items():
+            ledger = await self._ledger(ledger_id)
+            if ledger is None or target not in ledger.record.bookies() or target in self._world.lost_disks:
+                continue
+            whole = CopyTask(ledger_id, target, target, CopyReason.SCRUB)
+            stored = self._world.disks[target].store.durable_entries(ledger_id)
+            for run in runs_of(ledger.record, whole):
+                missing = [entry_id for entry_id in range(run.first, run.last + 1) if entry_id not in stored]
+                if missing:
+                    self._world.boundaries._fail(
+                        f"copy: {target} took over a part and lacks entries: ledger={ledger_id} entries={missing[:5]}"
+                    )
 
     # --- the store ---
 
