@@ -182,7 +182,7 @@ class Replicator:
         while True:
             self._changed.clear()
             while len(self._running) < COPIES_AT_ONCE and (key := self._next()) is not None:
-                work = asyncio.create_task(self._work(key), name=f"copy of ledger {key[0]}")
+                work = asyncio.create_task(self._work(key, self._tasks[key]), name=f"copy of ledger {key[0]}")
                 self._running[key] = work
                 work.add_done_callback(lambda _, key=key: self._ended(key))  # type: ignore[misc]
             try:
@@ -235,9 +235,8 @@ class Replicator:
 
     # --- one task ---
 
-    async def _work(self, key: Key) -> None:
-        """A task's root."""
-        task = self._tasks[key]
+    async def _work(self, key: Key, task: CopyTask) -> None:
+        """A task's root. By now it may be gone, or another one."""
         try:
             await self._do(key)
         except CopyStalled as stalled:

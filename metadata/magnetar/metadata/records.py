@@ -340,7 +340,7 @@ class RepairSettings:
 
     enabled: bool = True
     delay_s: float = 60.0
-    bytes_per_s: int = 32 << 20
+    bytes_per_s: int = 10_000_000
 
 
 @dataclass(frozen=True, slots=True)
