@@ -6,7 +6,7 @@ PROTO_VENV := .venv-proto
 PROTO_FILES := $(wildcard proto/magnetar/v1/*.proto proto/magnetar/etcd/*.proto)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test cluster-test sim soak takeover rebalance check proto proto-check deploy-check clean
+.PHONY: help demo test cluster-test sim soak takeover repair rebalance check proto proto-check deploy-check clean
 
 help: ## List the recipes
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -33,6 +33,9 @@ takeover: $(VENV)/.dev ## How long it takes until a thousand topics of a killed 
 
 rebalance: $(VENV)/.dev ## How long it takes until an empty bookie has its share of 5 GB, and how even disks are then
 	$(BIN)/python tests/performance/rebalance.py
+
+repair: $(VENV)/.dev ## How long a lost bookie's part takes to be made anew, and what publishers notice: SIZE=5GB
+	$(BIN)/python tests/performance/repair.py --size $(or $(SIZE),5GB)
 
 check: $(VENV)/.dev proto-check deploy-check ## Linters, types, contracts
 	$(BIN)/ruff check .

@@ -34,6 +34,7 @@ def metric_names() -> set[str]:
     LedgerMetrics.of(registry)
     RepairMetrics.of(registry)
     ServerMetrics(registry)
+    RepairMetrics.of(registry)
     names: set[str] = set()
     for family in registry.collect():
         names |= {family.name, f"{family.name}_total" if family.type == "counter" else f"{family.name}_count"}

@@ -19,6 +19,7 @@ README = (Path(__file__).resolve().parents[2] / "README.md").read_text()
 MUTATING = {
     "create", "delete", "seek", "produce", "consume", "publish",
     "apply", "throttle", "pause", "resume", "cancel", "rollback",
+    "drain", "undrain", "decommission", "repair",
 }  # fmt: skip
 RUNS_A_ROLE = {"standalone", "metadata", "bookie", "broker"}
 """They are the cluster, and talk to none."""
@@ -47,6 +48,7 @@ def test_the_verbs_are_the_documented_ones() -> None:
         "produce", "consume", "bench publish", "cluster health", "ledgers list", "ledgers describe",
         "ledgers verify", "rebalance plan", "rebalance apply", "rebalance status", "rebalance throttle",
         "rebalance pause", "rebalance resume", "rebalance cancel", "rebalance rollback", "rebalance verify",
+        "bookies drain", "bookies undrain", "bookies decommission", "cluster repair",
         "topics create", "topics list", "topics describe", "topics delete",
         "subscriptions list", "subscriptions describe", "subscriptions seek", "subscriptions delete",
     }  # fmt: skip
@@ -113,6 +115,9 @@ def test_every_verb_speaks_json_and_those_of_a_cluster_take_its_address(path: tu
         (["rebalance", "apply", "/dev/null"], "/dev/null: this is no saved plan"),
         (["rebalance", "apply", "plan.json", "--topic", "t"], "a saved plan has its goal"),
         (["rebalance", "status", "--all", "--watch"], "--all shows every operation"),
+        (["cluster", "repair", "--throttle", "0"], "'0' would never end: give a rate above zero"),
+        (["cluster", "repair", "--delay", "-1"], "'--delay'"),
+        (["bookies", "drain"], "see magnetar bookies drain --help"),
         (["standalone", "--bookies", "10"], "'--bookies'"),
         (["standalone", "--data-dir", ""], "'--data-dir': names no directory"),
         (["bench", "publish", "--data-dir", ""], "'--data-dir': names no directory"),

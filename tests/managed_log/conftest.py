@@ -19,3 +19,19 @@ async def cluster(tmp_path: Path) -> AsyncIterator[Cluster]:
     await cluster.start()
     yield cluster
     await cluster.stop()
+
+
+@pytest.fixture
+async def two_bookies(tmp_path: Path) -> AsyncIterator[Cluster]:
+    cluster = Cluster(tmp_path)
+    await cluster.start(2)
+    yield cluster
+    await cluster.stop()
+
+
+@pytest.fixture
+async def four_bookies(tmp_path: Path) -> AsyncIterator[Cluster]:
+    cluster = Cluster(tmp_path)
+    await cluster.start(4)
+    yield cluster
+    await cluster.stop()

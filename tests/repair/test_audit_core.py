@@ -226,6 +226,13 @@ def test_one_target_does_not_get_more_than_its_share_and_the_rest_waits_in_silen
     assert (task.target, task.problem) == ("", "")
 
 
+def test_tasks_of_others_do_not_keep_a_lost_bookie_from_being_replaced() -> None:
+    others = [CopyTask(i, "a", "a", CopyReason.UNREPLICATED) for i in range(1, 2 * audit.TASKS_MAX)]
+    assert audit.room_for(others) == audit.TASKS_MAX
+    assert audit.room_for([replace(task, reason=CopyReason.LOST) for task in others]) == 0
+    assert audit.load_of(others) == Counter()
+
+
 def test_a_copy_goes_to_another_rack_than_the_other_members() -> None:
     look = cluster("bcdef", racks="12213", lost="a", given_up="a")
     chosen = {new_task(look, LEDGER, "a", CopyReason.LOST, Counter(), random.Random(seed)).target for seed in range(20)}

@@ -25,9 +25,12 @@ from magnetar.ledger.recovery import AskEntries, AskLac
 from magnetar.managed_log.appender import Appender
 from magnetar.managed_log.cursor_ledger import CursorLedger
 from magnetar.managed_log.errors import Released
-from magnetar.metadata import shards
+from magnetar.metadata import copy_txns, shards
+from magnetar.metadata.copy_txns import CopyTxn, Stored, StoredTask
+from magnetar.metadata.records import CopyClaim
 from magnetar.metadata.shards import ShardMetadata
-from magnetar.metadata.store import MetadataUnavailable
+from magnetar.metadata.store import MetadataUnavailable, Put
+from magnetar.repair.replicator import Replicator
 
 
 def recovery_without_fencing() -> None:
@@ -153,6 +156,50 @@ def collector_that_does_not_refuse_adds() -> None:
     Collector._delete = planted  # type: ignore[method-assign]
 
 
+def copy_without_a_claim() -> None:
+    finish = copy_txns.finish
+
+    async def planted_claim(self: Replicator, ledger: Stored, task: StoredTask) -> Stored:
+        claimed = replace(ledger.record, copy=CopyClaim(self._bookie_id, task.task.place, b"planted"))
+        return Stored(claimed, ledger.revision)
+
+    def planted_finish(keyspace: Any, ledger: Stored, task: StoredTask) -> CopyTxn:
+        txn = finish(keyspace, ledger, task)
+        if not task.task.completes:
+            txn.operations.append(Put(keyspace.index(task.task.target, task.task.ledger_id), b""))
+        return txn
+
+    Replicator._claim = planted_claim  # type: ignore[method-assign]
+    copy_txns.finish = planted_finish
+
+
+def end_of_a_copy_that_drops_a_concurrent_change() -> None:
+    finish = copy_txns.finish
+
+    def planted(keyspace: Any, ledger: Stored, task: StoredTask) -> CopyTxn:
+        txn = finish(keyspace, ledger, task)
+        txn.compares = [c for c in txn.compares if c.key != keyspace.ledger(task.task.ledger_id)]
+        return txn
+
+    copy_txns.finish = planted
+
+
+def collector_that_trusts_a_partial_listing() -> None:
+    """It takes what it got before the store fell silent for all there is."""
+
+    async def planted_list(self: Collector, prefix: str) -> list[Any]:
+        try:
+            return list((await self._metadata.range(prefix)).items)
+        except MetadataUnavailable:
+            return []
+
+    async def planted_role(self: Collector, ledger_id: int, shard_id: int) -> bool:
+        return False
+
+    Collector._list = planted_list  # type: ignore[method-assign]
+    Collector._has_role = planted_role  # type: ignore[method-assign]
+
+
 PLANTS: dict[str, Callable[[], None]] = {
     "recovery reads without fencing": recovery_without_fencing,
     "fencing read answered on arrival": fence_answered_on_arrival,
@@ -164,4 +211,7 @@ PLANTS: dict[str, Callable[[], None]] = {
     "next ledger written before the last add is acked": next_ledger_written_before_the_last_ack,
     "claim that compares only the shard record": claim_that_compares_only_the_shard_record,
     "collector that does not refuse adds": collector_that_does_not_refuse_adds,
+    "copy without a claim": copy_without_a_claim,
+    "end of a copy that drops a concurrent change": end_of_a_copy_that_drops_a_concurrent_change,
+    "collector that trusts a partial listing": collector_that_trusts_a_partial_listing,
 }

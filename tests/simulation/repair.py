@@ -1,150 +1,198 @@
-"""Moves copies of closed ledgers between bookies, by the protocol that repair keeps: it gives the collector work.
+"""Moves copies of closed ledgers between bookies while everything fails: the real replicators and auditor.
 
-1. Claim: put the target's index key in a transaction that compares and rewrites the ledger's record. From then on the
-   collector of the target finds a role there.
-2. Copy every entry of the fragments with recovery adds.
-3. Switch: the record names the target in the source's place; the source's index key goes. If the record changed since
-   the claim, the claim is dropped instead.
+Each bookie has a replicator in a process of its own, and one process audits; any of them is killed and started again,
+or stands still, at any await. A driver gives orders as a rebalancing does: tasks that move a part from one bookie to
+another, often back to one that has just been left, where a collector may be about to delete the old copy; and it takes
+some of them back. Tasks that owners write when they close ledgers are carried out beside them.
 """
 
 from __future__ import annotations
 
 import asyncio
 import random
-from dataclasses import replace
+from collections.abc import Callable
 
+from prometheus_client import CollectorRegistry
 from simulation.bookies import SimulatedBookie
 from simulation.loop import Process
 from simulation.metadata import SimulatedMetadata
 from simulation.world import World
 
-from magnetar.ledger.bookie_rpc import AddGroup, AddStatus, ReadGroup
-from magnetar.metadata.codec import decode_ledger, encode_ledger
-from magnetar.metadata.records import Fragment, LedgerPurpose, LedgerRecord
-from magnetar.metadata.store import Delete, KeyValue, MetadataUnavailable, Put, absent, unchanged
+from magnetar.ledger.bookie_directory import BookieDirectory
+from magnetar.metadata import copy_txns
+from magnetar.metadata.codec import decode_copy, decode_ledger
+from magnetar.metadata.copy_txns import CopyTxn, Stored, StoredTask
+from magnetar.metadata.records import CopyReason, CopyTask
+from magnetar.metadata.store import MetadataUnavailable
+from magnetar.repair.auditor import Auditor
+from magnetar.repair.metrics import RepairMetrics
+from magnetar.repair.replicator import Replicator
 
 PAUSE_S = 0.1
-ATTEMPTS = 4
+TASKS_MAX = 6
 MOVED_BACK = 0.7
-"""Share of the moves to a bookie that has just been left, where a collector may be about to delete the old copy."""
+"""Share of the moves to a bookie that has just been left."""
+TAKEN_BACK = 0.15
+KILLED = 0.1
+STOOD_STILL = 0.1
+STILL_S_MAX = 8.0
+AUDITOR = "auditor"
 
 
 class Repair:
-    """One mover, which works until it is stopped, and leaves no claim behind."""
+    """Works until it is stopped, and leaves no task and no claim behind."""
 
     def __init__(self, world: World, shards: set[int], seed: int) -> None:
         self._world = world
         self._shards = shards
-        """Those whose ledgers are never deleted."""
+        """Those whose ledgers are never deleted: of others a move may end by a trim."""
         self._rng = random.Random(f"repair {seed}")
         self._stopping = False
-        process = Process("repair")
-        self._metadata = SimulatedMetadata(world.metadata, process)
-        self._bookies = {
-            name: SimulatedBookie(world.network, process, name, world.reachable) for name in world.bookies()
-        }
-        self.task = world.spawn(process, self._run(), "repair")
-        self.moved = 0
+        self._metadata = SimulatedMetadata(world.metadata, Process("repair"))
+        self._workers: dict[str, Process] = {}
+        self._made: dict[int, CopyTask] = {}
         self._left: dict[int, str] = {}
         """Ledger -> the bookie that its last move left."""
+        self.moved = 0
+        for name in (*world.bookies(), AUDITOR):
+            self._start(name)
+        self.task = world.spawn(self._metadata._process, self._run(), "repair")
 
     async def stop(self) -> None:
+        """The orders end; what they have begun is given up."""
         self._stopping = True
         await self.task
+        for name in list(self._workers):
+            self._kill(name)
+        left: object = True
+        while left:
+            await asyncio.sleep(PAUSE_S)
+            left = await self._unanswered(self._give_all_up)
+
+    # --- workers ---
+
+    def _start(self, name: str) -> None:
+        process = self._workers[name] = Process(f"repair {name}")
+        self._world.spawn(process, self._work(name, process), f"repair {name}")
+
+    async def _work(self, name: str, process: Process) -> None:
+        world = self._world
+        metadata = SimulatedMetadata(world.metadata, process)
+        rng = random.Random(f"worker {name} {world.seed} {world.loop.time()}")
+        metrics = RepairMetrics.of(CollectorRegistry())
+        if name == AUDITOR:
+            Auditor(name, metadata, world.keyspace, metrics, now_us=self._now_us, rng=rng).start()
+            return
+        directory = BookieDirectory(
+            metadata,
+            world.keyspace,
+            lambda registration: SimulatedBookie(world.network, process, registration.bookie_id, world.reachable),
+            disconnect=lambda bookie: bookie.close(),  # type: ignore[attr-defined]
+            rng=rng,
+        )
+        await directory.start()
+        target = SimulatedBookie(world.network, process, name, world.reachable)
+        Replicator(name, target, directory, metadata, world.keyspace, metrics, now_us=self._now_us, rng=rng).start()
+
+    def _now_us(self) -> int:
+        return 1_000_000_000_000_000 + int(self._world.loop.time() * 1_000_000)
+
+    def _kill(self, name: str) -> None:
+        process = self._workers.pop(name)
+        self._world._dead.append((process, None, self._world.loop.kill(process)))
+        self._world.network.died(process)
+
+    def _fail_some(self) -> None:
+        name = self._rng.choice(sorted(self._workers))
+        if self._rng.random() < KILLED:
+            self._kill(name)
+            self._start(name)
+        elif self._rng.random() < STOOD_STILL:
+            process = self._workers[name]
+            if not process.paused:
+                self._world.loop.pause(process)
+                self._world.loop.call_later(self._rng.random() * STILL_S_MAX, self._go_on, process)
+
+    def _go_on(self, process: Process) -> None:
+        if process.alive and process.paused:
+            self._world.loop.resume(process)
+
+    # --- orders ---
 
     async def _run(self) -> None:
         while not self._stopping:
             await asyncio.sleep(self._rng.expovariate(1 / PAUSE_S))
-            try:
-                await self._move_one()
-            except MetadataUnavailable:
-                continue
+            self._fail_some()
+            await self._unanswered(self._order)
 
-    async def _move_one(self) -> None:
+    async def _unanswered(self, work: Callable[[], object]) -> object:
+        """What the work returns; True while the store does not answer."""
+        try:
+            return await work()  # type: ignore[misc]
+        except MetadataUnavailable:
+            return True
+
+    async def _order(self) -> None:
+        tasks = await self._tasks()
+        await self._count(tasks)
+        mine = [stored for stored in tasks if stored.task.reason is CopyReason.REBALANCE]
+        if mine and self._rng.random() < TAKEN_BACK:
+            await self._give_up(self._rng.choice(mine))
+        elif len(mine) < TASKS_MAX:
+            await self._move_one({stored.task.ledger_id for stored in tasks})
+
+    async def _move_one(self, busy: set[int]) -> None:
         keyspace = self._world.keyspace
         found = (await self._metadata.range(keyspace.ledgers_prefix())).items
-        records = [(item, record) for item in found if (record := decode_ledger(item.value)).shard_id in self._shards]
-        records = [(item, record) for item, record in records if record.purpose is LedgerPurpose.DATA]
-        if not records:
+        ledgers = [Stored(decode_ledger(item.value), item.mod_revision) for item in found]
+        ledgers = [ledger for ledger in ledgers if ledger.record.ledger_id not in busy]
+        if not ledgers:
             return
-        item, record = self._rng.choice(records)
+        ledger = self._rng.choice(ledgers)
+        record = ledger.record
         targets = [name for name in self._world.bookies() if name not in record.bookies()]
         if not targets:
             return
-        source, target = self._rng.choice(sorted(record.bookies())), self._rng.choice(targets)
+        place, target = self._rng.choice(sorted(record.bookies())), self._rng.choice(targets)
         if self._left.get(record.ledger_id) in targets and self._rng.random() < MOVED_BACK:
             target = self._left[record.ledger_id]
-        claim = await self._claim(item, target, record.ledger_id)
-        if claim:
-            copied = await self._copy(record, source, target)
-            await self._settle(claim, record, source, target, copied)
+        task = CopyTask(record.ledger_id, place, target, CopyReason.REBALANCE, operation="simulated")
+        if await self._send(copy_txns.create_task(keyspace, ledger, task)):
+            self._made[record.ledger_id] = task
 
-    async def _claim(self, item: KeyValue, target: str, ledger_id: int) -> int:
-        """The record's revision under the claim; 0 without one."""
-        index = self._world.keyspace.index(target, ledger_id)
-        compares = [unchanged(item.key, item.mod_revision), absent(index)]
-        try:
-            result = await self._metadata.txn(compares, [Put(item.key, item.value), Put(index, b"")])
-        except MetadataUnavailable:
-            await self._drop(ledger_id, target)
-            return 0
-        return result.revision if result.succeeded else 0
+    async def _count(self, tasks: list[StoredTask]) -> None:
+        """Of the orders that are gone, those that were carried out."""
+        open_ledgers = {stored.task.ledger_id for stored in tasks}
+        for ledger_id in [ledger_id for ledger_id in self._made if ledger_id not in open_ledgers]:
+            ledger = await self._ledger(ledger_id)
+            task = self._made.pop(ledger_id)
+            if ledger is not None and task.target in ledger.record.bookies():
+                self.moved += 1
+                self._left[ledger_id] = task.place
 
-    async def _copy(self, record: LedgerRecord, source: str, target: str) -> bool:
-        ends = [fragment.first_entry for fragment in record.fragments[1:]] + [record.last_entry + 1]
-        for fragment, end in zip(record.fragments, ends, strict=True):
-            if source in fragment.bookies:
-                others = [name for name in fragment.bookies if name in self._bookies]
-                for entry_id in range(fragment.first_entry, end):
-                    if not await self._copy_entry(record, entry_id, others, target):
-                        return False
-        return True
+    async def _give_up(self, stored: StoredTask) -> None:
+        ledger = await self._ledger(stored.task.ledger_id)
+        if ledger is None:
+            await self._send(copy_txns.drop_orphan(self._world.keyspace, stored))
+        else:
+            await self._send(copy_txns.give_up(self._world.keyspace, ledger, stored, None))
 
-    async def _copy_entry(self, record: LedgerRecord, entry_id: int, sources: list[str], target: str) -> bool:
-        for attempt in range(ATTEMPTS):
-            read = ReadGroup(record.ledger_id, record.epoch, record.token, entry_id, entry_id)
-            answer = (await self._bookies[sources[attempt % len(sources)]].read(read)).answers[0]
-            if answer.entry is not None:
-                group = AddGroup(record.ledger_id, record.epoch, record.token, (answer.entry,), recovery=True)
-                if (await self._bookies[target].add(group)).status is AddStatus.OK:
-                    return True
-        return False
+    async def _give_all_up(self) -> bool:
+        """True while there are tasks."""
+        tasks = await self._tasks()
+        for stored in tasks:
+            await self._give_up(stored)
+        return bool(tasks)
 
-    async def _settle(self, claim: int, record: LedgerRecord, source: str, target: str, copied: bool) -> None:
-        """Switches, or drops the claim; waits for a store that is silent."""
-        keyspace = self._world.keyspace
-        key = keyspace.ledger(record.ledger_id)
-        moved = replace(
-            record,
-            fragments=tuple(
-                Fragment(f.first_entry, tuple(target if name == source else name for name in f.bookies))
-                for f in record.fragments
-            ),
-        )
-        if copied:
-            operations = [Put(key, encode_ledger(moved)), Delete(keyspace.index(source, record.ledger_id))]
-            try:
-                result = await self._metadata.txn([unchanged(key, claim)], operations)
-                if result.succeeded:
-                    self.moved += 1
-                    self._left[record.ledger_id] = source
-                    return
-            except MetadataUnavailable:
-                pass
-        await self._drop(record.ledger_id, target)
+    # --- the store ---
 
-    async def _drop(self, ledger_id: int, target: str) -> None:
-        """Removes the claim unless the record names the target."""
-        keyspace = self._world.keyspace
-        key, index = keyspace.ledger(ledger_id), keyspace.index(target, ledger_id)
-        while True:
-            try:
-                found = await self._metadata.get(key)
-                if found is None or target in decode_ledger(found.value).bookies():
-                    return
-                operations = [Put(key, found.value), Delete(index)]
-                if (await self._metadata.txn([unchanged(key, found.mod_revision)], operations)).succeeded:
-                    return
-            except MetadataUnavailable:
-                pass
-            await asyncio.sleep(PAUSE_S)
+    async def _tasks(self) -> list[StoredTask]:
+        found = (await self._metadata.range(self._world.keyspace.copies_prefix())).items
+        return [StoredTask(decode_copy(item.value), item.mod_revision) for item in found]
+
+    async def _ledger(self, ledger_id: int) -> Stored | None:
+        found = await self._metadata.get(self._world.keyspace.ledger(ledger_id))
+        return None if found is None else Stored(decode_ledger(found.value), found.mod_revision)
+
+    async def _send(self, txn: CopyTxn) -> bool:
+        return (await self._metadata.txn(txn.compares, txn.operations)).succeeded

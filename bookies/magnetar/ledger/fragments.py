@@ -6,10 +6,10 @@ last ends at the ledger's last entry, or is open.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from magnetar.metadata.records import Fragment, LedgerRecord, LedgerState
+from magnetar.metadata.records import VACANT, CopyReason, CopyTask, Fragment, LedgerRecord, LedgerState
 
 FRAGMENTS_MAX = 16
 """A ledger with so many rolls instead of beginning another: a txn that moves its record stays small."""
@@ -53,3 +53,20 @@ def closed(record: LedgerRecord, last_entry: int, length: int) -> LedgerRecord:
     """The record CLOSED at `last_entry`; fragments that begin beyond it hold nothing and are dropped."""
     kept = tuple(f for f in record.fragments if f.first_entry <= max(last_entry, 0))
     return replace(record, state=LedgerState.CLOSED, fragments=kept, last_entry=last_entry, length=length)
+
+
+def copies_to_make(record: LedgerRecord, missed: Iterable[Unreplicated], now_us: int) -> tuple[CopyTask, ...]:
+    """The tasks to be written with the close of this ledger: one for each member that may miss entries, over all that
+    it may miss, and one if a place is vacant."""
+    spans: dict[str, tuple[int, int]] = {}
+    for gap in missed:
+        first, last = spans.get(gap.bookie, (gap.first_entry, gap.last_entry))
+        spans[gap.bookie] = min(first, gap.first_entry), min(record.last_entry, max(last, gap.last_entry))
+    tasks = [
+        CopyTask(record.ledger_id, bookie, bookie, CopyReason.UNREPLICATED, "", first, last, now_us)
+        for bookie, (first, last) in sorted(spans.items())
+        if bookie in record.bookies() and first <= last
+    ]
+    if any(VACANT in fragment.bookies for fragment in record.fragments):
+        tasks.append(CopyTask(record.ledger_id, VACANT, "", CopyReason.UNREPLICATED, created_us=now_us))
+    return tuple(tasks)

@@ -11,6 +11,7 @@ from magnetar.ledger.bookie_rpc import AddResult, Bookies, LacResult, ReadResult
 from magnetar.ledger.driving import NO_ADD_ANSWER, NO_LAC_ANSWER, NO_READ_ANSWER, Alarm, answer_of, log, tell
 from magnetar.ledger.effects import AskEntries, AskLac, Recovered, RecoveryEffect, Report, Send, Undecided, Wake
 from magnetar.ledger.errors import RecoverySuperseded, RecoveryUndecided
+from magnetar.ledger.fragments import Unreplicated
 from magnetar.ledger.metrics import LedgerMetrics
 from magnetar.ledger.placement import Randomness
 from magnetar.ledger.recovery import RecoveryCore, RecoveryLimits
@@ -25,10 +26,12 @@ class RecoveredLedger:
 
     record         to commit as CLOSED; if somebody else did, take theirs
     last_payload   of the last entry, None if the ledger is empty
+    unreplicated   what members may lack
     """
 
     record: LedgerRecord
     last_payload: bytes | None
+    unreplicated: tuple[Unreplicated, ...] = ()
 
 
 class Recoverer:
@@ -107,7 +110,8 @@ class Recoverer:
                     tell(effect, self._metrics)
                 case Recovered(record, data):
                     payload = None if data is None else bytes(envelope.payload(data))
-                    self._outcome.set_result(RecoveredLedger(record, payload))
+                    missed = tuple(self._core.unreplicated())
+                    self._outcome.set_result(RecoveredLedger(record, payload, missed))
                 case Undecided(reason, said, superseded):
                     kind = RecoverySuperseded if superseded else RecoveryUndecided
                     self._outcome.set_exception(kind(self._core.record.ledger_id, reason, said))

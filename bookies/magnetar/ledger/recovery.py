@@ -41,7 +41,7 @@ from magnetar.ledger.effects import (
     WriterEffect,
 )
 from magnetar.ledger.errors import LostReason
-from magnetar.ledger.fragments import FRAGMENTS_MAX, closed, fragment_of
+from magnetar.ledger.fragments import FRAGMENTS_MAX, Unreplicated, closed, fragment_of
 from magnetar.ledger.placement import Randomness
 from magnetar.ledger.quorum import Quorum, places_of
 from magnetar.ledger.writer import CommitOutcome, WriterCore, WriterLimits
@@ -121,6 +121,7 @@ class RecoveryCore:
     lac        highest LAC seen; meaningful from READING on
     frontier   the lowest entry that is not decided; all below, from the start on, are recoverable
     end        the ledger's last entry, once known
+    _held      the last entry that each member told; late answers count, too
     _horizon   nobody is known to have this entry or any beyond: a guess of how far it is worth asking
     """
 
@@ -141,6 +142,7 @@ class RecoveryCore:
         self.frontier = 0
         self.end: int | None = None
         self._known = 0
+        self._held: dict[str, int] = {}
         self._horizon = 0
         fragments_max = max(FRAGMENTS_MAX, len(record.fragments)) + self.limits.fragments_added_max
         self._writer_limits = replace(writer_limits or WriterLimits(), fragments_max=fragments_max)
@@ -164,6 +166,8 @@ class RecoveryCore:
 
     def lac_answered(self, sequence: int, result: LacResult, now: float) -> list[RecoveryEffect]:
         asked = self._asked.pop(sequence, None)
+        if asked is not None and result.outcome is EntryOutcome.HAVE:
+            self._held[asked[0].bookie] = result.last_entry
         if asked is None or self.phase is not RecoveryPhase.FENCING:
             return []
         witness = asked[0]
@@ -371,6 +375,22 @@ class RecoveryCore:
         assert self.end is not None
         self.phase = RecoveryPhase.DONE
         self._out.append(Recovered(closed(self._writer.record, self.end, length), self._last_envelope))
+
+    def unreplicated(self) -> list[Unreplicated]:
+        """Once recovered: what members of the last fragments may lack.
+
+        What was written back and not acknowledged; and of a member that did not tell an entry at or beyond the start,
+        all that was there before. Holes in what the others had before are the scrub's to find.
+        """
+        assert self.end is not None
+        found = []
+        for gap in self._writer.unreplicated():
+            proven = self._held.get(gap.bookie, NO_ENTRY) >= self.start
+            first = max(gap.first_entry, self.start + 1) if proven else gap.first_entry
+            last = min(gap.last_entry, self.end)
+            if first <= last:
+                found.append(replace(gap, first_entry=first, last_entry=last))
+        return found
 
     # Asking.
 

@@ -15,8 +15,8 @@ Tasks. A place must go (LOST, DRAINING, or because a rebalancing moves it) or ma
    known to miss entries, or came back with an empty disk. Then it is completed.
 6. With repair switched off nothing is created or assigned; what is not needed any more still ends.
 
-There are at most TASKS_MAX tasks, and TARGET_TASKS_MAX for one target: what is left to do stands in the index, and is
-looked at again as tasks end. So a lost bookie of a million ledgers floods nothing.
+Of these tasks there are at most TASKS_MAX, and TARGET_TASKS_MAX for one target: what is left to do stands in the index,
+and is looked at again as tasks end. So a lost bookie of a million ledgers floods nothing.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ REASSIGN_US = 10_000_000
 """A target without a session is waited for so long: what it has copied is not thrown away for a restart."""
 WANTING = frozenset({CopyReason.LOST, CopyReason.UNREPLICATED, CopyReason.SCRUB})
 """Reasons of ledgers that have fewer copies than they should."""
+_MADE_HERE = frozenset({CopyReason.LOST, CopyReason.DRAINING})
 NOBODY = "no bookie can take it: start another one, or free space"
 
 
@@ -108,8 +109,13 @@ def emptied(cluster: Cluster) -> dict[str, CopyReason]:
 
 
 def load_of(tasks: Iterable[CopyTask]) -> Counter[str]:
-    """How many tasks each target has."""
-    return Counter(task.target for task in tasks if task.target)
+    """How many copies each target has to take over. What it completes of its own comes with closes, not from here."""
+    return Counter(task.target for task in tasks if task.target and not task.completes)
+
+
+def room_for(tasks: Iterable[CopyTask]) -> int:
+    """So many tasks more may be made. Those of others, however many, do not keep a lost bookie from being replaced."""
+    return max(0, TASKS_MAX - sum(task.reason in _MADE_HERE for task in tasks))
 
 
 def needs_decision(cluster: Cluster, task: CopyTask) -> bool:

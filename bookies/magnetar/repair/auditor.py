@@ -316,16 +316,17 @@ class Auditor:
         if not cluster.settings.enabled:
             return
         prefix = self._keyspace.index_prefix(bookie)
+        room = audit.room_for(stored.task for stored in tasks.values())
         looked_at = 0
         async for page in self._pages(prefix, self._index_position.pop(bookie, "")):
             for item in page:
                 ledger_id = self._keyspace.parse_index(item.key)[1]
-                if len(tasks) >= audit.TASKS_MAX:
+                if room <= 0:
                     return
                 if (ledger_id, bookie) not in tasks:
                     ledger = await self._ledger(ledger_id)
                     if ledger is not None and copy_txns.names(ledger.record, bookie):
-                        await self._create(cluster, ledger, bookie, reason, tasks, load)
+                        room -= await self._create(cluster, ledger, bookie, reason, tasks, load)
             looked_at += len(page)
             if looked_at >= INDEX_KEYS_PER_PASS:
                 self._index_position[bookie] = page[-1].key
@@ -339,12 +340,14 @@ class Auditor:
         reason: CopyReason,
         tasks: dict[Key, StoredTask],
         load: Counter[str],
-    ) -> None:
+    ) -> bool:
         task = audit.new_task(cluster, ledger.record, place, reason, load, self._rng)
         txn = copy_txns.create_task(self._keyspace, ledger, task)
         txn.compares += self._because(cluster, place, reason)
-        if await self._send(txn):
+        created = await self._send(txn)
+        if created:
             tasks[task.ledger_id, place] = StoredTask(task, 0)
+        return created
 
     def _because(self, cluster: Cluster, place: str, reason: CopyReason) -> list[Compare]:
         """What makes the copy necessary holds at the moment when it is decided."""
@@ -366,26 +369,30 @@ class Auditor:
     # --- all records ---
 
     async def _sweep(self, cluster: Cluster, tasks: dict[Key, StoredTask], load: Counter[str]) -> None:
+        room = audit.room_for(stored.task for stored in tasks.values())
         async for page in self._pages(self._keyspace.ledgers_prefix()):
             for item in page:
                 ledger = Stored(decode_ledger(item.value), item.mod_revision)
-                await self._look_after(cluster, ledger, tasks, load)
+                room -= await self._look_after(cluster, ledger, tasks, load, room)
         for stored in list(tasks.values()):
             if stored.revision and await self._ledger(stored.task.ledger_id) is None:
                 await self._send(copy_txns.drop_orphan(self._keyspace, stored))
 
     async def _look_after(
-        self, cluster: Cluster, ledger: Stored, tasks: dict[Key, StoredTask], load: Counter[str]
-    ) -> None:
+        self, cluster: Cluster, ledger: Stored, tasks: dict[Key, StoredTask], load: Counter[str], room: int
+    ) -> int:
+        """How many tasks were made."""
         record = ledger.record
         if record.copy is not None and (record.ledger_id, record.copy.replaces) not in tasks:
             await self._drop_stray_claim(ledger)
-            return
+            return 0
         if not cluster.settings.enabled:
-            return
+            return 0
+        made = 0
         for place, reason in audit.places_in_need(cluster, record).items():
-            if (record.ledger_id, place) not in tasks and len(tasks) < audit.TASKS_MAX:
-                await self._create(cluster, ledger, place, reason, tasks, load)
+            if (record.ledger_id, place) not in tasks and made < room:
+                made += await self._create(cluster, ledger, place, reason, tasks, load)
+        return made
 
     async def _drop_stray_claim(self, ledger: Stored) -> None:
         """A claim whose task is gone: every transaction ends both, so this heals what something else did."""

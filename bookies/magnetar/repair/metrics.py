@@ -22,9 +22,9 @@ class RepairMetrics:
         self.copies = counter("copies", "copies of ledgers to this bookie, by how they ended", "reason", "outcome")
         self.scrubbed_bytes = counter("scrubbed_bytes", "bytes of entries read and verified by the scrub")
         self.scrub_findings = counter("scrub_findings", "ledgers in which the scrub missed an entry, or found damage")
-        self.scrub_seconds = Gauge(
-            "magnetar_repair_scrub_age_seconds",
-            "time since all entries of this bookie were read and verified",
+        self.last_scrub = Gauge(
+            "magnetar_repair_last_scrub_timestamp_seconds",
+            "when all entries of this bookie had been read and verified, 0 = never in this process",
             ("bookie",),
             registry=registry,
         )

@@ -35,6 +35,7 @@ from magnetar.repair.operation_rates import OperationRates
 from magnetar.repair.throttle import Throttle
 
 COPIES_AT_ONCE = 2
+UNREPLICATED_REST_US = 10_000_000
 RETRY_FIRST_S = 0.5
 RETRY_MAX_S = 30.0
 LOOK_AGAIN_S = 0.25
@@ -147,6 +148,8 @@ class Replicator:
         # The end of one copy of a ledger is what the next one waits for.
         for waiting in [key for key in self._pauses if key[0] == parsed[0]]:
             del self._pauses[waiting]
+        if item is not None and self._tasks[parsed].target == self._bookie_id:
+            self._let_rest(parsed, self._tasks[parsed])
 
     def _settings_listed(self, items: Sequence[KeyValue]) -> None:
         self._set(decode_repair(items[0].value) if items else RepairSettings())
@@ -179,7 +182,7 @@ class Replicator:
         while True:
             self._changed.clear()
             while len(self._running) < COPIES_AT_ONCE and (key := self._next()) is not None:
-                work = asyncio.create_task(self._work(key), name=f"copy of ledger {key[0]}")
+                work = asyncio.create_task(self._work(key, self._tasks[key]), name=f"copy of ledger {key[0]}")
                 self._running[key] = work
                 work.add_done_callback(lambda _, key=key: self._ended(key))  # type: ignore[misc]
             try:
@@ -219,15 +222,21 @@ class Replicator:
         pause = self._pauses.get(key)
         return pause is None or pause.until <= now
 
+    def _let_rest(self, key: Key, task: CopyTask) -> None:
+        """A takeover closes many ledgers at once, and slow members often catch up: neither is the time for copies."""
+        rest_us = task.created_us + UNREPLICATED_REST_US - self._now_us()
+        if task.reason is CopyReason.UNREPLICATED and rest_us > 0:
+            until = self._now() + min(rest_us, UNREPLICATED_REST_US) / 1e6
+            self._pauses[key] = _Pause(until, RETRY_FIRST_S)
+
     def _until_next_pause_ends(self) -> float | None:
         times = [pause.until for key, pause in self._pauses.items() if key not in self._running]
         return max(0.01, min(times) - self._now()) if times else None
 
     # --- one task ---
 
-    async def _work(self, key: Key) -> None:
-        """A task's root."""
-        task = self._tasks[key]
+    async def _work(self, key: Key, task: CopyTask) -> None:
+        """A task's root. By now it may be gone, or another one."""
         try:
             await self._do(key)
         except CopyStalled as stalled:

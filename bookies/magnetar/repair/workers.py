@@ -1,4 +1,5 @@
-"""What a bookie does for the cluster, beside storing: it makes copies, and may be elected.
+"""What a bookie does for the cluster, beside storing: it makes copies, reads its entries again and again, and may be
+elected.
 
 Who is elected audits, and carries rebalancing operations out.
 """
@@ -17,6 +18,7 @@ from magnetar.repair.auditor import Auditor
 from magnetar.repair.metrics import RepairMetrics
 from magnetar.repair.replicator import Replicator
 from magnetar.repair.runner import Runner
+from magnetar.repair.scrub import Scrubber
 
 
 class RepairWorkers:
@@ -30,17 +32,24 @@ class RepairWorkers:
         store: MetadataStore,
         keyspace: Keyspace,
         registry: CollectorRegistry,
+        *,
+        reborn: bool = False,
         now_us: Callable[[], int] = lambda: time.time_ns() // 1000,
     ) -> None:
         metrics = RepairMetrics.of(registry)
         self.replicator = Replicator(bookie_id, local, bookies, store, keyspace, metrics, now_us=now_us)
+        self.scrubber = Scrubber(
+            bookie_id, local, self.replicator, store, keyspace, metrics, reborn=reborn, now_us=now_us
+        )
         runner = Runner(store, keyspace, now_us=now_us)
         self.auditor = Auditor(bookie_id, store, keyspace, metrics, now_us=now_us, duties=[runner.run])
 
     def start(self) -> None:
         self.replicator.start()
+        self.scrubber.start()
         self.auditor.start()
 
     async def stop(self) -> None:
         await self.auditor.stop()
+        await self.scrubber.stop()
         await self.replicator.stop()

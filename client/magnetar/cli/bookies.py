@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import asyncio
+import sys
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from magnetar.cli.command import (
     DEFAULT_SERVER,
     DEFAULT_TIMEOUT_S,
+    DryRunOption,
     Output,
     OutputOption,
     ServerOption,
     TimeoutOption,
     run_with_client,
 )
-from magnetar.cli.output import Size, emit_json, emit_table, plain
+from magnetar.cli.output import Size, emit_json, emit_table, human_seconds, note, plain
 
 if TYPE_CHECKING:
-    from magnetar.client import BookieDescription, Client
+    from magnetar.client import BookieDescription, BookieOrder, Client
+
+POLL_S = 1.0
+
+BookieArgument = Annotated[str, typer.Argument(help="Id of the bookie.")]
 
 app = typer.Typer(help="The storage nodes.", no_args_is_help=True)
 
@@ -44,9 +53,134 @@ def list_(
         emit_json(plain(found))
     else:
         emit_table(
-            ["bookie", "address", "state", "rack", "ledgers", "bytes", "disk free"],
+            ["bookie", "address", "state", "rack", "ledgers", "copies", "bytes", "disk free"],
             [
-                (one.id, one.address, one.state, one.rack, one.ledgers, Size(one.bytes), Size(one.disk_free_bytes))
+                (
+                    one.id,
+                    one.address,
+                    _state(one),
+                    one.rack,
+                    one.ledgers,
+                    one.copies,
+                    Size(one.bytes),
+                    Size(one.disk_free_bytes),
+                )
                 for one in found
             ],
         )
+
+
+def _state(bookie: BookieDescription) -> str:
+    return f"{bookie.state}, DRAINING" if bookie.draining and bookie.state != "DRAINING" else bookie.state
+
+
+@app.command()
+def drain(
+    bookie: BookieArgument,
+    wait: Annotated[bool, typer.Option("--wait", help="Show how it goes on, and end when nothing names it.")] = False,
+    dry_run: DryRunOption = False,
+    output: OutputOption = Output.table,
+    server: ServerOption = DEFAULT_SERVER,
+    timeout: TimeoutOption = DEFAULT_TIMEOUT_S,
+) -> None:
+    """Empties a bookie while it serves: it takes no new ledgers, and what stands on it moves away.
+
+    Ctrl-C ends the waiting, not the drain: undrain does.
+    """
+
+    async def body(client: Client) -> BookieOrder:
+        order = await client.admin.bookies.drain(bookie, dry_run=dry_run)
+        if wait and not dry_run:
+            await _wait_until_empty(client, bookie)
+            order = replace(order, ledgers=0)
+        return order
+
+    order = run_with_client(server, timeout, body)
+    if output is Output.json:
+        emit_json(plain(order))
+    elif dry_run:
+        note(f"{order.ledgers:,} ledgers would move off {bookie}")
+    elif order.ledgers:
+        note(f"{order.ledgers:,} ledgers are to move off {bookie}: see `magnetar bookies list`")
+    else:
+        note(f"no ledger names {bookie}: stop it, then `magnetar bookies decommission {bookie}`, or keep it as a spare")
+
+
+async def _wait_until_empty(client: Client, bookie: str) -> None:
+    """Progress on stderr. A bookie that cannot be emptied is said once a problem is known."""
+    from magnetar.client import RetriableError
+
+    start, most = time.monotonic(), 0
+    told = ""
+    while True:
+        try:
+            left = next((one.ledgers for one in await client.admin.bookies.list() if one.id == bookie), 0)
+            problems = (await client.admin.cluster.repair()).problems
+        except RetriableError as error:
+            note(f"waiting for the cluster: {error}")
+        else:
+            if not left:
+                if sys.stderr.isatty():
+                    note("")
+                return
+            most = max(most, left)
+            told = _tell(told, _progress(most, left, time.monotonic() - start), problems)
+        await asyncio.sleep(POLL_S)
+
+
+def _progress(most: int, left: int, elapsed_s: float) -> str:
+    moved = most - left
+    ending = f", about {human_seconds(elapsed_s / moved * left)} to go" if moved else ""
+    return f"{100 * moved // most} %, {left:,} of {most:,} ledgers left{ending}"
+
+
+def _tell(told: str, progress: str, problems: tuple[str, ...]) -> str:
+    """A line that is overwritten on a terminal; elsewhere a line for each change."""
+    line = f"{progress}; stalled: {problems[0]}" if problems else progress
+    if sys.stderr.isatty():
+        print(f"\r{line:<100}", end="", file=sys.stderr, flush=True)
+    elif line.partition(",")[0] != told.partition(",")[0]:
+        note(line)
+    return line
+
+
+@app.command()
+def undrain(
+    bookie: BookieArgument,
+    dry_run: DryRunOption = False,
+    output: OutputOption = Output.table,
+    server: ServerOption = DEFAULT_SERVER,
+    timeout: TimeoutOption = DEFAULT_TIMEOUT_S,
+) -> None:
+    """Ends a drain: the bookie keeps what it still has, and takes new ledgers again."""
+
+    async def body(client: Client) -> BookieOrder:
+        return await client.admin.bookies.undrain(bookie, dry_run=dry_run)
+
+    order = run_with_client(server, timeout, body)
+    if output is Output.json:
+        emit_json(plain(order))
+    elif not order.changed:
+        note(f"{bookie} was not draining")
+    else:
+        note(f"{bookie} {'would keep' if dry_run else 'keeps'} {order.ledgers:,} ledgers")
+
+
+@app.command()
+def decommission(
+    bookie: BookieArgument,
+    dry_run: DryRunOption = False,
+    output: OutputOption = Output.table,
+    server: ServerOption = DEFAULT_SERVER,
+    timeout: TimeoutOption = DEFAULT_TIMEOUT_S,
+) -> None:
+    """Removes a bookie that has stopped and that no ledger names; refuses while data stands only there."""
+
+    async def body(client: Client) -> None:
+        await client.admin.bookies.decommission(bookie, dry_run=dry_run)
+
+    run_with_client(server, timeout, body)
+    if output is Output.json:
+        emit_json({"id": bookie, "removed": not dry_run})
+    else:
+        note(f"{bookie} {'would be' if dry_run else 'is'} removed: its directory can be deleted")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -10,16 +10,18 @@ from magnetar.cli.command import (
     DEFAULT_SERVER,
     DEFAULT_TIMEOUT_S,
     EXIT_UNHEALTHY,
+    DryRunOption,
     Output,
     OutputOption,
     ServerOption,
     TimeoutOption,
     run_with_client,
 )
-from magnetar.cli.output import emit_facts, emit_json, plain
+from magnetar.cli.output import emit_facts, emit_json, human_seconds, plain
+from magnetar.cli.quantities import human_rate, parse_rate
 
 if TYPE_CHECKING:
-    from magnetar.client import Client, ClusterHealth
+    from magnetar.client import Client, ClusterHealth, RepairStatus
 
 app = typer.Typer(help="The cluster as a whole.", no_args_is_help=True)
 
@@ -56,3 +58,42 @@ def health(
         )
     if not found.healthy:
         raise typer.Exit(EXIT_UNHEALTHY)
+
+
+@app.command()
+def repair(
+    on: Annotated[
+        bool | None, typer.Option("--on/--off", help="Off: no copy is begun, for the time of a maintenance.")
+    ] = None,
+    throttle: Annotated[
+        int | None,
+        typer.Option("--throttle", parser=parse_rate, metavar="RATE", help="What each bookie copies: 50MB/s."),
+    ] = None,
+    delay: Annotated[
+        float | None, typer.Option("--delay", min=0, help="Seconds that a single lost bookie is waited for.")
+    ] = None,
+    dry_run: DryRunOption = False,
+    output: OutputOption = Output.table,
+    server: ServerOption = DEFAULT_SERVER,
+    timeout: TimeoutOption = DEFAULT_TIMEOUT_S,
+) -> None:
+    """Shows what copies are to be made, and changes how: for the whole cluster, at once."""
+
+    async def body(client: Client) -> RepairStatus:
+        return await client.admin.cluster.repair(enabled=on, delay=delay, throttle=throttle, dry_run=dry_run)
+
+    found = run_with_client(server, timeout, body)
+    if output is Output.json:
+        emit_json(plain(found))
+        return
+    emit_facts(
+        [
+            ("repair", "on" if found.enabled else "off"),
+            ("throttle", f"{human_rate(found.throttle)} each bookie"),
+            ("delay", human_seconds(found.delay)),
+            *((f"lost {one.id}", "given up" if one.given_up else "waited for") for one in found.lost),
+            *((f"copies, {reason}", copies) for reason, copies in found.copies.items()),
+            ("copies, stalled", found.stalled),
+            *(("problem", problem) for problem in found.problems),
+        ]
+    )

@@ -6,7 +6,7 @@ it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -17,7 +17,7 @@ from magnetar.client.lifetime import Lifetime
 from magnetar.client.message import MessageId, from_microseconds
 from magnetar.client.positions import LATEST, Position, SubscriptionType, check_start, start_position
 from magnetar.client.rebalancing import LedgerVerification, LedgerVerifier, Rebalance
-from magnetar.v1 import admin_pb2, metadata_pb2
+from magnetar.v1 import admin_pb2, metadata_pb2, repair_pb2
 
 SHARDS_MAX = 64
 PAGE_SIZE = 1000
@@ -186,8 +186,10 @@ class BrokerDescription:
 class BookieDescription:
     """A bookie: WRITABLE, READ_ONLY, DRAINING, or LOST when it has no session; then what it said of itself is gone.
 
-    ledgers   that name it
-    bytes     of its entries in those of them that are closed
+    ledgers    that name it
+    bytes      of its entries in those of them that are closed
+    draining   it is to be emptied
+    copies     of its parts that are to be made elsewhere, or completed here
     """
 
     id: str
@@ -200,6 +202,46 @@ class BookieDescription:
     disk_total_bytes: int
     http_address: str
     version: str
+    draining: bool
+    copies: int
+
+
+@dataclass(frozen=True, slots=True)
+class BookieOrder:
+    """What a drain or its end changed: `changed` is False if it was so before. ledgers: that name the bookie."""
+
+    id: str
+    changed: bool
+    ledgers: int
+
+
+@dataclass(frozen=True, slots=True)
+class LostBookie:
+    """A bookie without a session. given_up: it is not waited for any more, its part is made anew."""
+
+    id: str
+    since: datetime
+    given_up: bool
+
+
+@dataclass(frozen=True, slots=True)
+class RepairStatus:
+    """How the cluster repairs itself, and what is left to do.
+
+    delay        seconds that a single lost bookie is waited for
+    throttle     bytes per second that each bookie copies
+    copies       that are to be made, by reason: unreplicated, lost, draining, rebalance, scrub
+    stalled      of them, those that do not go on
+    problems     why, in words; a few of them
+    """
+
+    enabled: bool
+    delay: float
+    throttle: int
+    copies: Mapping[str, int]
+    stalled: int
+    problems: tuple[str, ...]
+    lost: tuple[LostBookie, ...]
 
 
 class Topics(AdminCalls):
@@ -353,6 +395,26 @@ class BookieServers(AdminCalls):
         response = await self._ask("ListBookies", admin_pb2.ListBookiesRequest(), admin_pb2.ListBookiesResponse)
         return [_bookie(bookie) for bookie in response.bookies]
 
+    async def drain(self, bookie: str, *, dry_run: bool = False) -> BookieOrder:
+        """Empty a bookie while it serves: it takes no new ledgers, and what stands on it moves away.
+
+        Returns at once; `list` shows how many ledgers still name it. Raises OrderRefused if too few others are left.
+        """
+        request = repair_pb2.DrainBookieRequest(bookie_id=bookie, dry_run=dry_run)
+        response = await self._call("DrainBookie", request, repair_pb2.DrainBookieResponse)
+        return BookieOrder(bookie, response.changed, response.ledgers)
+
+    async def undrain(self, bookie: str, *, dry_run: bool = False) -> BookieOrder:
+        """Let a bookie keep what it still has, and take new ledgers again."""
+        request = repair_pb2.UndrainBookieRequest(bookie_id=bookie, dry_run=dry_run)
+        response = await self._call("UndrainBookie", request, repair_pb2.UndrainBookieResponse)
+        return BookieOrder(bookie, response.changed, response.ledgers)
+
+    async def decommission(self, bookie: str, *, dry_run: bool = False) -> None:
+        """Remove a bookie that has stopped and that no ledger names. Raises OrderRefused while any does."""
+        request = repair_pb2.DecommissionBookieRequest(bookie_id=bookie, dry_run=dry_run)
+        await self._call("DecommissionBookie", request, repair_pb2.DecommissionBookieResponse)
+
 
 class Cluster(AdminCalls):
     """The cluster as a whole."""
@@ -368,6 +430,25 @@ class Cluster(AdminCalls):
             response.unavailable_shards,
             tuple(response.problems),
         )
+
+    async def repair(
+        self,
+        *,
+        enabled: bool | None = None,
+        delay: float | None = None,
+        throttle: int | None = None,
+        dry_run: bool = False,
+    ) -> RepairStatus:
+        """What repair has to do and how it goes on; what is given is changed first, for the whole cluster.
+
+        enabled   off: no copy is begun, for the time of a maintenance
+        delay     seconds that a single lost bookie is waited for
+        throttle  bytes per second that each bookie copies
+        """
+        request = repair_pb2.ConfigureRepairRequest(delay_s=delay, bytes_per_s=throttle, dry_run=dry_run)
+        if enabled is not None:
+            request.enabled = enabled
+        return _repair(await self._call("ConfigureRepair", request, repair_pb2.ConfigureRepairResponse))
 
 
 class Admin:
@@ -468,6 +549,8 @@ def _bookie(bookie: admin_pb2.BookieDescription) -> BookieDescription:
         disk_total_bytes=bookie.disk_total_bytes,
         http_address=bookie.http_address,
         version=bookie.version,
+        draining=bookie.draining,
+        copies=bookie.copies,
     )
 
 
@@ -480,3 +563,18 @@ def _type(kind: metadata_pb2.SubscriptionType) -> str | None:
         if value == kind:
             return name
     return None
+
+
+def _repair(response: repair_pb2.ConfigureRepairResponse) -> RepairStatus:
+    return RepairStatus(
+        enabled=response.settings.enabled,
+        delay=response.settings.delay_s,
+        throttle=response.settings.bytes_per_s,
+        copies={
+            metadata_pb2.CopyReason.Name(one.reason).removeprefix("COPY_REASON_").lower(): one.copies
+            for one in response.copies
+        },
+        stalled=sum(one.stalled for one in response.copies),
+        problems=tuple(response.problems),
+        lost=tuple(LostBookie(one.bookie_id, from_microseconds(one.since_us), one.given_up) for one in response.lost),
+    )

@@ -122,12 +122,16 @@ class BookieServers(_Facade[aio_admin.BookieServers]):
     __doc__ = aio_admin.BookieServers.__doc__
 
     list = _blocking(aio_admin.BookieServers.list)
+    drain = _blocking(aio_admin.BookieServers.drain)
+    undrain = _blocking(aio_admin.BookieServers.undrain)
+    decommission = _blocking(aio_admin.BookieServers.decommission)
 
 
 class Cluster(_Facade[aio_admin.Cluster]):
     __doc__ = aio_admin.Cluster.__doc__
 
     health = _blocking(aio_admin.Cluster.health)
+    repair = _blocking(aio_admin.Cluster.repair)
 
 
 class Rebalance(_Facade[rebalancing.Rebalance]):

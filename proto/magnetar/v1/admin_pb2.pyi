@@ -1,5 +1,6 @@
 from magnetar.v1 import metadata_pb2 as _metadata_pb2
 from magnetar.v1 import rebalance_pb2 as _rebalance_pb2
+from magnetar.v1 import repair_pb2 as _repair_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
@@ -399,7 +400,7 @@ class ListBookiesResponse(_message.Message):
     def __init__(self, bookies: _Optional[_Iterable[_Union[BookieDescription, _Mapping]]] = ...) -> None: ...
 
 class BookieDescription(_message.Message):
-    __slots__ = ("bookie_id", "address", "http_address", "version", "rack", "state", "ledgers", "bytes", "disk_free_bytes", "disk_total_bytes")
+    __slots__ = ("bookie_id", "address", "http_address", "version", "rack", "state", "ledgers", "bytes", "disk_free_bytes", "disk_total_bytes", "draining", "copies")
     BOOKIE_ID_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     HTTP_ADDRESS_FIELD_NUMBER: _ClassVar[int]
@@ -410,6 +411,8 @@ class BookieDescription(_message.Message):
     BYTES_FIELD_NUMBER: _ClassVar[int]
     DISK_FREE_BYTES_FIELD_NUMBER: _ClassVar[int]
     DISK_TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DRAINING_FIELD_NUMBER: _ClassVar[int]
+    COPIES_FIELD_NUMBER: _ClassVar[int]
     bookie_id: str
     address: str
     http_address: str
@@ -420,4 +423,6 @@ class BookieDescription(_message.Message):
     bytes: int
     disk_free_bytes: int
     disk_total_bytes: int
-    def __init__(self, bookie_id: _Optional[str] = ..., address: _Optional[str] = ..., http_address: _Optional[str] = ..., version: _Optional[str] = ..., rack: _Optional[str] = ..., state: _Optional[_Union[_metadata_pb2.BookieState, str]] = ..., ledgers: _Optional[int] = ..., bytes: _Optional[int] = ..., disk_free_bytes: _Optional[int] = ..., disk_total_bytes: _Optional[int] = ...) -> None: ...
+    draining: bool
+    copies: int
+    def __init__(self, bookie_id: _Optional[str] = ..., address: _Optional[str] = ..., http_address: _Optional[str] = ..., version: _Optional[str] = ..., rack: _Optional[str] = ..., state: _Optional[_Union[_metadata_pb2.BookieState, str]] = ..., ledgers: _Optional[int] = ..., bytes: _Optional[int] = ..., disk_free_bytes: _Optional[int] = ..., disk_total_bytes: _Optional[int] = ..., draining: bool = ..., copies: _Optional[int] = ...) -> None: ...

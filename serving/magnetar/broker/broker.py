@@ -25,11 +25,13 @@ from prometheus_client import CollectorRegistry
 
 from magnetar.broker.admin import Admin
 from magnetar.broker.admin_rebalance import Rebalancing
+from magnetar.broker.admin_storage import StorageAdmin
 from magnetar.broker.budget import ByteBudget
 from magnetar.broker.cluster_view import ClusterView
 from magnetar.broker.consume import consume
 from magnetar.broker.greeting import greet
 from magnetar.broker.layout import shard_of
+from magnetar.broker.leaving import LeavingBookies
 from magnetar.broker.members import Members
 from magnetar.broker.metrics import BrokerMetrics
 from magnetar.broker.ownership import Ownership
@@ -150,6 +152,8 @@ class Broker:
         self._resolver = Resolver(self.topics, self.ownership, self._owner_address, self._broker_addresses)
         self.peers = peers
         self._members = Members(store, keyspace)
+        self._storage = StorageAdmin(store, keyspace, settings.write_quorum, now_us)
+        self._leaving = LeavingBookies(store, keyspace)
         self._admin = Admin(self, store, keyspace, bookies, now_us, rng)
         self._rebalancing = Rebalancing(self.topics, store, keyspace, bookies, now_us, rng)
         self._openings = itertools.count(1)
@@ -170,6 +174,7 @@ class Broker:
         await self.ownership.register(BrokerRegistration(self.settings.id, self.address, _version(), http_address))
         await self.view.start()
         await self.topics.start()
+        await self._leaving.start()
         self._serving = True
         self._spawn(self._trim_loop, "trim")
         self._spawn(self._forget_loop, "forget producers")
@@ -192,6 +197,7 @@ class Broker:
             await self._server.stop(STOP_GRACE_S)
         await self.ownership.close()
         await self.topics.close()
+        await self._leaving.close()
         await self.view.close()
         await self.peers.close()
 
@@ -287,7 +293,8 @@ class Broker:
             "Produce": self._streaming("produce", self._produce),
             "Consume": self._streaming("consume", self._consume),
         }
-        methods = {**admin.methods(), **self._members.methods(), **self._rebalancing.methods()}
+        parts = (admin, self._members, self._storage, self._rebalancing)
+        methods = {name: method for part in parts for name, method in part.methods().items()}
         admin_methods = {name: self._unary(method) for name, method in methods.items()}
         return [
             Service(broker_pb2.DESCRIPTOR.services_by_name["BrokerService"], broker_methods),
@@ -444,7 +451,7 @@ class Broker:
     async def _trim_loop(self) -> None:
         while True:
             await asyncio.sleep(self.settings.trim_interval_s)
-            await self.served.trim()
+            await self.served.trim(self._leaving.bookies())
 
     async def _doubt_loop(self) -> None:
         """Without a session this broker may have been replaced without hearing of it."""

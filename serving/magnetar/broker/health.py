@@ -74,8 +74,9 @@ class Findings:
     def _bookie_problems(self, ensemble_size: int) -> list[str]:
         problems = _limited(
             [
-                f"bookie {bookie} has no session and {ledgers} ledgers name it: start it again; if its disk is lost, "
-                f"with an empty directory and --repair-bookie {bookie}"
+                f"bookie {bookie} has no session and {ledgers} ledgers name it: start it again, or leave it: repair "
+                "makes its part anew on others, see `magnetar cluster repair`; if its disk is lost, without a spare, "
+                f"start it with an empty directory and --repair-bookie {bookie}"
                 for bookie, ledgers in sorted(self.lost_bookies.items())
             ],
             "bookies",

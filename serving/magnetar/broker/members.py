@@ -59,7 +59,19 @@ class Members:
         response = pb.ListBookiesResponse(
             bookies=[_bookie(one, living.get(one), ledgers[one], held[one]) for one in sorted(known | set(ledgers))]
         )
+        await self._add_moves(response)
         return response.SerializeToString()
+
+    async def _add_moves(self, response: pb.ListBookiesResponse) -> None:
+        """Who is draining, and how many copies of each one's parts are to be made."""
+        drains = {self._keyspace.parse_drain(i.key) async for i in self._records.under(self._keyspace.drains_prefix())}
+        places = [
+            self._keyspace.parse_copy(i.key)[1] async for i in self._records.under(self._keyspace.copies_prefix())
+        ]
+        copies = Counter(places)
+        for bookie in response.bookies:
+            bookie.draining = bookie.bookie_id in drains
+            bookie.copies = copies[bookie.bookie_id]
 
 
 def _bookie(bookie_id: str, living: BookieRegistration | None, ledgers: int, held: int) -> pb.BookieDescription:

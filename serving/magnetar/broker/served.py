@@ -7,7 +7,7 @@ the topic's subscriptions. Whoever wants the shard meanwhile waits for the same 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Collection, Iterator
 from dataclasses import dataclass
 
 import structlog
@@ -226,11 +226,13 @@ class ServedShards:
 
     # --- trimming, doubts, a new session, the end ---
 
-    async def trim(self) -> None:
-        """Deletes what nobody needs, in every shard."""
+    async def trim(self, leaving: Collection[str] = ()) -> None:
+        """Deletes what nobody needs, in every shard, and ends what stands on bookies that are given up or drained."""
 
         async def one(shard: ServedShard) -> None:
             try:
+                if leaving:
+                    shard.log.leave_bookies(leaving)
                 await shard.log.trim()
             except LogReleased:
                 return  # Whoever has it now trims it.

@@ -59,6 +59,7 @@ class CursorLedger:
         self._snapshot_id = replay.snapshot_id
         self._snapshot_bytes = 0
         self._snapshot_wanted = False
+        self._roll_wanted = False
         self._handle: WriteHandle | None = None
         self._broken = False
         self._queued: asyncio.Future[None] | None = None
@@ -99,6 +100,12 @@ class CursorLedger:
         """Writes a snapshot of cursors and producers with the next group; completes when it is durable."""
         self._snapshot_wanted = True
         return self.changed()
+
+    def roll(self) -> None:
+        """The open ledger is to be replaced soon: it stands on bookies that are given up. Call it until it is."""
+        if self._handle is not None:
+            self._roll_wanted = True
+            self.store_snapshot()
 
     # --- storing ---
 
@@ -180,7 +187,7 @@ class CursorLedger:
 
     def _is_full(self, handle: WriteHandle) -> bool:
         limit = max(self._shard.settings.cursor_ledger_bytes, SNAPSHOTS_PER_LEDGER * self._snapshot_bytes)
-        return handle.length >= limit or bool(handle.wants_roll)
+        return handle.length >= limit or bool(handle.wants_roll) or self._roll_wanted
 
     def _must_roll(self, handle: WriteHandle) -> bool:
         """Only with the next ledger linked: while the store is silent, changes go on to this one."""
@@ -232,7 +239,7 @@ class CursorLedger:
         await self._shard.change(self._make_current)
         if self._handle is not None:
             self._handle.abandon()
-        self._handle, self._broken = new, False
+        self._handle, self._broken, self._roll_wanted = new, False, False
         self.covered_offset = covered_offset
         self.table.stored_are(floors)
         self._answer()

@@ -10,7 +10,7 @@ What it does in the metadata store goes through one OwnedShard. Without work it 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
@@ -403,6 +403,19 @@ class ManagedLog:
         self._appender.tick()
         return await self._trimmer.trim()
 
+    def leave_bookies(self, bookies: Collection[str]) -> None:
+        """The log's open ledgers are to end if entries of theirs stand on these bookies: only closed ones are copied.
+
+        A writer replaces a member by itself, for what comes; so what counts are fragments before the last, and ledgers
+        that wait to be written to. Call it again until nothing names them.
+        """
+        record, ledgers = self._shard.record, self._shard.ledgers
+        current = record.segments[-1].ledger_id if record.segments else 0
+        if _must_end(ledgers.get(current), bookies) or _waits_on(ledgers.get(record.next_ledger), bookies):
+            self._appender.end_segment()
+        if _must_end(ledgers.get(record.cursor_ledger), bookies) or _waits_on(ledgers.get(record.next_cursor), bookies):
+            self._cursors.roll()
+
     async def _trim_quietly(self) -> None:
         try:
             await self._trimmer.trim()
@@ -498,6 +511,14 @@ async def _standing(handle: WriteHandle) -> Standing:
             return await handle.standing()
     except TimeoutError:
         return Standing.UNKNOWN
+
+
+def _must_end(ledger: LedgerRecord | None, bookies: Collection[str]) -> bool:
+    return ledger is not None and any(not set(f.bookies).isdisjoint(bookies) for f in ledger.fragments[:-1])
+
+
+def _waits_on(ledger: LedgerRecord | None, bookies: Collection[str]) -> bool:
+    return ledger is not None and not ledger.bookies().isdisjoint(bookies)
 
 
 def _first_bytes(entries: list[StoredEntry], max_bytes: int) -> list[StoredEntry]:

@@ -7,7 +7,7 @@ never overwrite each other. Whoever learns that the shard is lost calls `release
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -18,6 +18,7 @@ import structlog
 
 from magnetar.ledger.client import LedgerClient, RecoveredLedger
 from magnetar.ledger.errors import LedgerLost, NotEnoughBookies, RecoverySuperseded, RecoveryUndecided
+from magnetar.ledger.fragments import Unreplicated, copies_to_make
 from magnetar.ledger.write_handle import WriteHandle
 from magnetar.ledger.writer import CommitOutcome
 from magnetar.managed_log.errors import LogReleased, Released
@@ -78,6 +79,7 @@ class OwnedShard:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._writers: WeakValueDictionary[int, WriteHandle] = WeakValueDictionary()
         self._writers_made = 0
+        self._recovered: dict[int, tuple[Unreplicated, ...]] = {}
 
     @property
     def shard_id(self) -> int:
@@ -145,17 +147,35 @@ class OwnedShard:
                 raise LogReleased(self.shard_id, self._given_up)
             change = build(self.record)
             changed = change is not None
-            return change
+            return None if change is None else self._with_copies(change)
 
         try:
             await self.metadata.update(compute, on_unknown=self._store_is_silent)
         except OwnershipLost as lost:
             self._claimed_by(lost.owner)
         if changed:
+            for ledger_id in [ledger_id for ledger_id in self._recovered if ledger_id not in self.ledgers]:
+                del self._recovered[ledger_id]
             self._store_answered()
             for listener in self.on_changed:
                 listener(self.record)
         return changed
+
+    def _with_copies(self, change: ShardChange) -> ShardChange:
+        """What the ledgers that are closed miss is put down in the same transaction: no crash forgets it."""
+        closed = [ledger for ledger in change.put_ledgers if ledger.state is LedgerState.CLOSED]
+        copies = [
+            task for ledger in closed for task in copies_to_make(ledger, self._missed(ledger.ledger_id), self.now_us())
+        ]
+        return replace(change, put_copies=tuple(copies))
+
+    def _missed(self, ledger_id: int) -> Sequence[Unreplicated]:
+        """As its recovery found it, or as its writer knows it."""
+        if ledger_id in self._recovered:
+            return self._recovered[ledger_id]
+        return [
+            gap for writer in self._writers.values() if writer.ledger_id == ledger_id for gap in writer.unreplicated
+        ]
 
     def _claimed_by(self, owner: Owner | None) -> NoReturn:
         released = Released(owner, "another broker claimed the shard")
@@ -272,7 +292,9 @@ class OwnedShard:
         made = 0
         while True:
             try:
-                return await self.client.recover(ledger)
+                recovered = await self.client.recover(ledger)
+                self._recovered[ledger.ledger_id] = recovered.unreplicated
+                return recovered
             except RecoveryUndecided as error:
                 if isinstance(error, RecoverySuperseded):
                     await self._verify()

@@ -46,7 +46,8 @@ async def _start(settings: BookieSettings, repair_bookie: str | None, parts: Sta
     parts.push("bookie", bookie.stop)
     started.append(bookie)
     directory = await bookie_directory(settings.cluster, store, keyspace, parts)
-    workers = RepairWorkers(settings.id, bookie.local(), directory, store, keyspace, registry)
+    reborn = bookie.identity.limbo_floor > 0
+    workers = RepairWorkers(settings.id, bookie.local(), directory, store, keyspace, registry, reborn=reborn)
     workers.start()
     parts.push("repair", workers.stop)
     return Ready("bookie", settings.id, bookie.address, http, settings.cluster)

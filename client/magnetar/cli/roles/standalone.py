@@ -117,7 +117,8 @@ async def _start(standalone: Standalone, parts: lifecycle.Stack) -> Ready:
     await directory.start()
     parts.push("bookie directory", directory.stop)
     for bookie in bookies.values():
-        workers = RepairWorkers(bookie.id, bookie.local(), directory, store, keyspace, registry)
+        reborn = bookie.identity.limbo_floor > 0
+        workers = RepairWorkers(bookie.id, bookie.local(), directory, store, keyspace, registry, reborn=reborn)
         workers.start()
         parts.push(f"repair by {bookie.id}", workers.stop)
 
