@@ -36,7 +36,7 @@ VERIFY_ATTEMPTS = 3
 Method = Callable[[bytes, Context], Awaitable[bytes]]
 
 
-class Rebalancing:
+class RebalanceAdmin:
     def __init__(
         self,
         topics: Topics,

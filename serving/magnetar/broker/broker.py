@@ -24,7 +24,7 @@ import structlog
 from prometheus_client import CollectorRegistry
 
 from magnetar.broker.admin import Admin
-from magnetar.broker.admin_rebalance import Rebalancing
+from magnetar.broker.admin_rebalance import RebalanceAdmin
 from magnetar.broker.admin_storage import StorageAdmin
 from magnetar.broker.budget import ByteBudget
 from magnetar.broker.cluster_view import ClusterView
@@ -155,7 +155,7 @@ class Broker:
         self._storage = StorageAdmin(store, keyspace, settings.write_quorum, now_us)
         self._leaving = LeavingBookies(store, keyspace)
         self._admin = Admin(self, store, keyspace, bookies, now_us, rng)
-        self._rebalancing = Rebalancing(self.topics, store, keyspace, bookies, now_us, rng)
+        self._rebalancing = RebalanceAdmin(self.topics, store, keyspace, bookies, now_us, rng)
         self._openings = itertools.count(1)
         self._streams = 0
         self._going: dict[str, None] = {}
