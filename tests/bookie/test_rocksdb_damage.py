@@ -27,6 +27,8 @@ from magnetar.bookie.rocksdb import RocksEntryStore
 MEMORY_BYTES = 32 << 20
 GROUPS = 60
 INODES = 100
+PAYLOAD = b"x" * 5000
+"""Large enough to stand in a blob file."""
 MARK = LedgerMark(b"t" * 16, 1, stored=True)
 
 
@@ -53,7 +55,7 @@ async def crashed(tmp_path: Path, writer: Any) -> Path:
     directory = tmp_path / "store"
     store = await open_store(directory)
     for entry_id in range(GROUPS):
-        entries = [(7, entry_id, writer(7).entry(entry_id, b"x" * 1000))]
+        entries = [(7, entry_id, writer(7).entry(entry_id, PAYLOAD))]
         await store.commit(GroupWrites(entries=entries, marks={7: MARK}))
     copy = tmp_path / "crashed"
     shutil.copytree(directory, copy)
@@ -199,7 +201,7 @@ async def damaged_answers(directory: Path, writer: Any) -> tuple[int, list[bytes
     values = [verified(value, 7, entry_id) for entry_id, value in enumerate(read.values)]
     assert len(values) == GROUPS
     for entry_id, value in enumerate(values):
-        assert isinstance(value, Damaged) or value == writer(7).entry(entry_id, b"x" * 1000), entry_id
+        assert isinstance(value, Damaged) or value == writer(7).entry(entry_id, PAYLOAD), entry_id
         assert isinstance(value, Damaged) == isinstance(verified(found[7, entry_id], 7, entry_id), Damaged)
     assert state.tail_damage or state.last_entry == GROUPS - 1
     return sum(isinstance(value, Damaged) for value in values), values
@@ -266,7 +268,7 @@ async def test_the_last_entry_being_damaged_leaves_its_ledger_without_a_known_en
     await flushed(crashed)
     blobs = only(crashed, "*.blob")
     data = blobs.read_bytes()
-    position = data.rindex(writer(7).entry(GROUPS - 1, b"x" * 1000))
+    position = data.rindex(writer(7).entry(GROUPS - 1, PAYLOAD))
     flip(blobs, position + 50)
     store = await open_store(crashed)
     state = (await store.load([7]))[7]
@@ -360,3 +362,20 @@ async def test_deleted_ledgers_give_their_space_back_and_the_living_lose_nothing
     assert read.values == [writer(10).entry(e, payload) for e in range(60)]
     await store.close()
     assert sum(path.stat().st_size for path in (directory / "rocksdb").glob("*.blob")) < 2 * 60 * 8192
+
+
+async def test_small_entries_that_live_on_keep_no_file_of_deleted_ledgers(tmp_path: Path, writer: Any) -> None:
+    """A cursor's ledger has a small entry now and then, between the large ones of a log."""
+    directory = tmp_path / "store"
+    store = await open_store(directory)
+    for entry_id in range(60):
+        large = [(i, entry_id, writer(i).entry(entry_id, b"x" * 8192)) for i in range(1, 20)]
+        small = [(20, entry_id, writer(20).entry(entry_id, b"x" * 600))]
+        await store.commit(GroupWrites(entries=large + small, marks=dict.fromkeys(range(1, 21), MARK)))
+    deleted = list(range(1, 20))
+    await store.commit(GroupWrites(deleted=deleted))
+    await store.reclaim(deleted)
+    [read] = await store.read([EntryQuery(20, 0, 59, 1 << 20)])
+    assert len(read.values) == 60
+    await store.close()
+    assert sum(path.stat().st_size for path in (directory / "rocksdb").glob("*.blob")) == 0

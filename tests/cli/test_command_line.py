@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import fcntl
 import json
-import re
 import os
+import re
 import subprocess
 import sys
 import time
@@ -230,7 +230,8 @@ def test_lines_are_sent_as_they_come(cluster: Any) -> None:
     assert stopped.code == 130
     # The last one may have been read before its answer came here.
     assert re.fullmatch(
-        r"magnetar: stopped early: (1 message is|2 messages are) stored, what came after may or may not be\n", stopped.err
+        r"magnetar: stopped early: (1 message is|2 messages are) stored, what came after may or may not be\n",
+        stopped.err,
     )
     stopped = reading.end()
     assert (stopped.code, stopped.err) == (130, "")

@@ -51,8 +51,10 @@ from magnetar.bookie.entry_store import (
 from magnetar.wire.envelope import verify
 
 WAL_BYTES_MAX = 256 << 20
-BLOB_BYTES_MIN = 256
-"""Smaller envelopes stand in the tables themselves."""
+BLOB_BYTES_MIN = 4096
+"""Smaller envelopes stand in the tables themselves: one of them in a blob file (a cursor's, that lives long) would keep
+all that stood around it from vanishing with its ledgers.
+"""
 TABLE_BYTES = 1 << 20
 """Of keys and blob references: a small table makes a small step of `rewrite_oldest`."""
 SMALL_FAMILY_BYTES = 1 << 20

@@ -11,6 +11,9 @@ from collections.abc import Iterable
 from magnetar.metadata.records import CopyTask, Operation
 from magnetar.repair.throttle import Throttle
 
+CATCH_UP_S = 3.0
+"""A copy that waited for a busy disk makes up for so much: the rate is held on average, from above and from below."""
+
 
 class OperationRates:
     """Told of every operation that stands in the store, and of those that went."""
@@ -37,7 +40,7 @@ class OperationRates:
             return None
         targets = {task.target for task in tasks if task.operation == operation_id and task.target}
         share = max(1, rate // max(1, len(targets)))
-        throttle = self._throttles.setdefault(operation_id, Throttle(share, now))
+        throttle = self._throttles.setdefault(operation_id, Throttle(share, now, CATCH_UP_S))
         if throttle.bytes_per_s != share:
             throttle.set_rate(share, now)
         return throttle

@@ -7,13 +7,14 @@ more waits until it is paid back. The rate is held over any while that is long a
 from __future__ import annotations
 
 BURST_S = 0.25
-"""What was not used is kept for so long."""
+"""What was not used is kept for so long, unless told otherwise."""
 
 
 class Throttle:
-    __slots__ = ("_at", "_balance", "bytes_per_s")
+    __slots__ = ("_at", "_balance", "_burst_s", "bytes_per_s")
 
-    def __init__(self, bytes_per_s: int, now: float) -> None:
+    def __init__(self, bytes_per_s: int, now: float, burst_s: float = BURST_S) -> None:
+        self._burst_s = burst_s
         self.bytes_per_s = bytes_per_s
         self._balance = 0.0
         self._at = now
@@ -35,4 +36,4 @@ class Throttle:
     def _earn(self, now: float) -> None:
         elapsed = max(0.0, now - self._at)
         self._at = max(self._at, now)
-        self._balance = min(self._balance + elapsed * self.bytes_per_s, self.bytes_per_s * BURST_S)
+        self._balance = min(self._balance + elapsed * self.bytes_per_s, self.bytes_per_s * self._burst_s)

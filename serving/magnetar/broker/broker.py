@@ -353,8 +353,8 @@ class Broker:
             "Produce": self._streaming("produce", self._produce),
             "Consume": self._streaming("consume", self._consume),
         }
-        methods = {**admin.methods(), **self._members.methods(), **self._storage.methods()}
-        methods |= {**self._balancing.methods(), **self._mover.methods(), **self._rebalance_admin.methods()}
+        parts = (admin, self._members, self._storage, self._balancing, self._mover, self._rebalance_admin)
+        methods = {name: method for part in parts for name, method in part.methods().items()}
         admin_methods = {name: self._unary(self._administering(method)) for name, method in methods.items()}
         admin_methods |= self._mover.methods_of_a_stopping_broker()
         return [
