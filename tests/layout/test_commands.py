@@ -16,7 +16,8 @@ import typer
 from magnetar.cli.verbs import app, run_command_line
 
 README = (Path(__file__).resolve().parents[2] / "README.md").read_text()
-MUTATING = {"create", "delete", "seek", "produce", "consume", "publish"}
+BENCH = {"publish", "latency", "consume", "catch-up", "end-to-end", "queue", "failover"}
+MUTATING = {"create", "delete", "seek", "produce", "consume", *BENCH}
 RUNS_A_ROLE = {"standalone", "metadata", "bookie", "broker"}
 """They are the cluster, and talk to none."""
 
@@ -41,7 +42,8 @@ def options(path: tuple[str, ...]) -> set[str]:
 def test_the_verbs_are_the_documented_ones() -> None:
     assert {" ".join(path) for path in COMMANDS} == {
         "standalone", "metadata", "bookie", "broker", "brokers list", "bookies list",
-        "produce", "consume", "bench publish", "cluster health", "ledgers list", "ledgers describe",
+        "produce", "consume", *(f"bench {verb}" for verb in BENCH), "cluster health", "ledgers list",
+        "ledgers describe",
         "topics create", "topics list", "topics describe", "topics delete",
         "subscriptions list", "subscriptions describe", "subscriptions seek", "subscriptions delete",
     }  # fmt: skip
