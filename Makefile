@@ -6,7 +6,7 @@ PROTO_VENV := .venv-proto
 PROTO_FILES := $(wildcard proto/magnetar/v1/*.proto proto/magnetar/etcd/*.proto)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test cluster-test sim soak takeover check proto proto-check deploy-check clean
+.PHONY: help demo test cluster-test sim soak takeover bench bench-check check proto proto-check deploy-check clean
 
 help: ## List the recipes
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -30,6 +30,12 @@ soak: $(VENV)/.dev ## The cluster tests ROUNDS times over, then 10,000 seeds of 
 
 takeover: $(VENV)/.dev ## How long it takes until a thousand topics of a killed broker are served again
 	$(BIN)/python tests/performance/takeover.py
+
+bench: $(VENV)/.dev ## Everything that has a target, measured: hours, QUICK=1 minutes; ONLY=words, DATA_DIR=on the disk to measure
+	$(BIN)/python tests/performance/bench.py $(if $(QUICK),--quick) $(if $(ONLY),--only '$(ONLY)') --data-dir $(or $(DATA_DIR),.)
+
+bench-check: $(VENV)/.dev ## Ratios of one short run that must hold on any machine
+	$(BIN)/python tests/performance/bench.py --check --data-dir $(or $(DATA_DIR),.)
 
 check: $(VENV)/.dev proto-check deploy-check ## Linters, types, contracts
 	$(BIN)/ruff check .

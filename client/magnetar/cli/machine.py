@@ -68,12 +68,11 @@ class Limits:
     grpc_frames_per_s: float
     grpc_mb_per_s: float
 
-    @classmethod
-    def mean(cls, first: Limits, second: Limits) -> Limits:
-        return cls(
-            (first.disk_mb_per_s + second.disk_mb_per_s) / 2,
-            (first.grpc_frames_per_s + second.grpc_frames_per_s) / 2,
-            (first.grpc_mb_per_s + second.grpc_mb_per_s) / 2,
+    def or_better(self, other: Limits) -> Limits:
+        return Limits(
+            max(self.disk_mb_per_s, other.disk_mb_per_s),
+            max(self.grpc_frames_per_s, other.grpc_frames_per_s),
+            max(self.grpc_mb_per_s, other.grpc_mb_per_s),
         )
 
 

@@ -5,7 +5,7 @@ Steps:
 1. Probe the disk and gRPC.
 2. Make the load ready, and warm up.
 3. For each run: read what the kernel and the servers have counted, run, read again.
-4. Probe again. A limit is the mean of both: a machine's speed changes while it is measured.
+4. Probe again. The better of both is the limit: whatever else runs here can only hide it.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ async def measured(load: Load, target: Target, settings: dict[str, Any], timeout
             await (ready.warm_up or ready.run)(settings["warm_up"])
         done = [await _run_once(client, target, ready.run, seconds) for _ in range(runs)]
         copies = await copies_of(client, ready.topic)
-    limits = Limits.mean(limits, await probe(target.folder))
+    limits = limits.or_better(await probe(target.folder))
     return _result(load, {**settings, "copies": copies}, done, limits)
 
 
