@@ -6,7 +6,7 @@ PROTO_VENV := .venv-proto
 PROTO_FILES := $(wildcard proto/magnetar/v1/*.proto proto/magnetar/etcd/*.proto)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test cluster-test sim soak takeover bench bench-check check proto proto-check deploy-check clean
+.PHONY: help demo test cluster-test sim soak takeover bench bench-check bench-peers check proto proto-check deploy-check clean
 
 help: ## List the recipes
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -36,6 +36,9 @@ bench: $(VENV)/.dev ## Everything that has a target, measured: hours, QUICK=1 mi
 
 bench-check: $(VENV)/.dev ## Ratios of one short run that must hold on any machine
 	$(BIN)/python tests/performance/bench.py --check --data-dir $(or $(DATA_DIR),.)
+
+bench-peers: $(VENV)/.dev ## The same beside NATS, Kafka and Pulsar, which are fetched into MAGNETAR_PEERS_CACHE
+	$(BIN)/python tests/performance/peers/run.py $(if $(ONLY),--only '$(ONLY)') --data-dir $(or $(DATA_DIR),.)
 
 check: $(VENV)/.dev proto-check deploy-check ## Linters, types, contracts
 	$(BIN)/ruff check .
