@@ -185,7 +185,7 @@ def long_backlog(bench: Bench) -> Judged:
 def churned(bench: Bench) -> Judged:
     gigabytes = bench.length.of(10.0, 0.5)
     print(f"churn: 200 topics, {gigabytes:g} GB, half of them deleted meanwhile", file=sys.stderr, flush=True)
-    found = asyncio.run(churn(bench.data_dir, int(gigabytes * 1e9)))
+    found = asyncio.run(churn(bench.data_dir, int(gigabytes * 1e9), bench.length.of(600.0, 90.0)))
     bench.results["churn"] = found
     text = f"{found['written_per_byte']:.2f}, disk {found['disk_by_live']:.2f}x after {found['collected_s']:.0f} s"
     return text, found["written_per_byte"] <= 2.3 and found["disk_by_live"] <= 1.6

@@ -19,13 +19,14 @@ GROUP = 16
 SIZE = 1024
 WRITERS = 16
 COPIES = 3
-COLLECT_S_MAX = 600.0
-"""For the bookies to give the bytes of deleted topics back."""
 WANTED = 1.6
 
 
-async def churn(data_dir: Path, total_bytes: int) -> dict[str, float]:
-    """Publishes so many bytes in small batches; the first half of the topics goes, one after the other, on the way."""
+async def churn(data_dir: Path, total_bytes: int, collect_s_max: float) -> dict[str, float]:
+    """Publishes so many bytes in small batches; the first half of the topics goes, one after the other, on the way.
+
+    Then the bookies have so many seconds to give the bytes of deleted topics back.
+    """
     with target(None, Size(COPIES, 1), data_dir) as cluster:
         async with connect(cluster.servers, timeout=60.0) as client:
             topics = [f"churn-{number}" for number in range(TOPICS)]
@@ -34,7 +35,7 @@ async def churn(data_dir: Path, total_bytes: int) -> dict[str, float]:
             published = await _publish(client, topics, total_bytes)
             begin = time.monotonic()
             live = sum(published.values()) * COPIES
-            while _stored(cluster.folder) > WANTED * live and time.monotonic() - begin < COLLECT_S_MAX:  # noqa: ASYNC110
+            while _stored(cluster.folder) > WANTED * live and time.monotonic() - begin < collect_s_max:  # noqa: ASYNC110
                 await asyncio.sleep(1.0)
             collected_s = time.monotonic() - begin
         return {

@@ -272,7 +272,7 @@ class Pulsar:
         messages = 0
         while messages < CONSUMED and time.perf_counter() - begin < seconds:
             try:
-                message = consumer.receive(timeout_millis=1000)
+                message = consumer.receive(timeout_millis=int(QUIET_S * 1e3))
             except pulsar.Timeout:
                 break
             message.data()
@@ -297,7 +297,8 @@ async def main() -> None:
     peer: Any = PEERS[asked.peer]()
     match asked.workload:
         case "prepare":
-            figures = await peer.prepare(asked.servers)
+            await peer.prepare(asked.servers)
+            return
         case "consume":
             figures = await peer.consume(asked.servers, asked.seconds)
         case workload:

@@ -88,7 +88,9 @@ def ran(command: list[str]) -> dict[str, float]:
         raise Failed(f"did not end within {CLIENT_S_MAX:g} s") from None
     if done.returncode:
         raise Failed(" ".join(done.stderr.strip().splitlines()[-1:]))
-    found: dict[str, float] = json.loads(done.stdout)
+    found: dict[str, float] = json.loads(done.stdout or "{}")
+    if found and not found["messages"]:
+        raise Failed(f"{command[2]} {command[3]} moved no message")
     return found
 
 
@@ -120,8 +122,8 @@ def main() -> None:
                 home = Path(tempfile.mkdtemp(dir=folder))
                 try:
                     theirs = peer_row(peer, home, fsync, asked.seconds)
-                except (Failed, fetching.NotFetched, servers.NotStarted) as failed:
-                    print(f"| {peer.client}, {name}: {failed} |", flush=True)
+                except (Failed, fetching.NotFetched, servers.NotStarted, subprocess.SubprocessError) as failed:
+                    print(f"| {peer.client}, {name}: {' '.join(str(failed).split())} |", flush=True)
                     continue
                 print(f"| {peer.client}, {name} | {figures_of(theirs)} |", flush=True)
                 print(f"| magnetar by that | {ratios(own, theirs)} |", flush=True)
