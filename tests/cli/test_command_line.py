@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import subprocess
 import sys
 import time
@@ -340,6 +342,11 @@ def test_brokers_and_bookies_are_listed(cluster: Any) -> None:
 
 
 def test_bench_publish_starts_a_cluster_of_processes_and_leaves_nothing(magnetar: Any, tmp_path: Path) -> None:
+    left, used = (tmp_path / f"magnetar-bench-{name}" for name in ("killed", "used"))
+    for folder in (left, used):
+        (folder / "metadata").mkdir(parents=True)
+    lock = os.open(used, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
     ran = magnetar.run(
         "bench", "publish", "--local", "1,1", "--seconds", 0.3, "--data-dir", tmp_path, "--output", "json"
     )
@@ -350,7 +357,8 @@ def test_bench_publish_starts_a_cluster_of_processes_and_leaves_nothing(magnetar
     assert result["frames_per_message"] > 0
     assert [one["role"] for one in result["processes"]] == ["metadata", "bookie0", "broker0", "client"]
     assert all(one["peak_rss_mb"] > 0 for one in result["processes"])
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [used]
+    os.close(lock)
     assert magnetar.run("bench", "publish", "--data-dir", "/proc/x").is_refused(1, "/proc/x", "another --data-dir")
 
 

@@ -326,7 +326,7 @@ def main() -> int:
     parser.add_argument("--data-dir", type=Path, default=Path(), help="on the disk to measure")
     parser.add_argument("--json", type=Path, help="write every result to this file")
     asked = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="magnetar-bench-", dir=asked.data_dir) as folder:
+    with tempfile.TemporaryDirectory(prefix="magnetar-targets-", dir=asked.data_dir) as folder:
         bench = Bench(Path(folder), Length(asked.quick or asked.check))
         if asked.check:
             return 0 if check(bench) else 1

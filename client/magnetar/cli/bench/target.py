@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,18 +44,34 @@ def target(server: str | None, size: Size, data_dir: Path) -> Iterator[Target]:
 
 @contextmanager
 def _folder(data_dir: Path) -> Iterator[Path]:
-    """A new one on a disk, for the time of this measurement."""
+    """On a disk, for the time of this run. It is locked meanwhile: those of killed runs are not, and are removed."""
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
         check_disk(data_dir)
+        for left in data_dir.glob(FOLDER_PREFIX + "*"):
+            with suppress(OSError):  # locked, or somebody else's
+                _remove_unless_used(left)
         folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir=data_dir))
+        lock = os.open(folder, os.O_RDONLY)
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise CommandFailed(f"cannot use {data_dir}: {reason}; choose another --data-dir") from None
+    fcntl.flock(lock, fcntl.LOCK_EX)
     try:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
+def _remove_unless_used(folder: Path) -> None:
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if any(folder.iterdir()):  # an empty one may be another run's, which is about to lock it
+            shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        os.close(lock)
 
 
 def check_disk(folder: Path) -> None:
