@@ -6,7 +6,8 @@ PROTO_VENV := .venv-proto
 PROTO_FILES := $(wildcard proto/magnetar/v1/*.proto proto/magnetar/etcd/*.proto)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test cluster-test sim soak takeover hand-off repair rebalance check proto proto-check deploy-check clean
+.PHONY: help demo test cluster-test sim soak takeover hand-off repair rebalance bench bench-check bench-peers
+.PHONY: check proto proto-check deploy-check clean
 
 help: ## List the recipes
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -39,6 +40,15 @@ repair: $(VENV)/.dev ## How long a lost bookie's part takes to be made anew, and
 
 rebalance: $(VENV)/.dev ## How long it takes until an empty bookie has its share of 5 GB, and how even disks are then
 	$(BIN)/python tests/performance/rebalance.py
+
+bench: $(VENV)/.dev ## Everything that has a target, measured: hours, QUICK=1 minutes; ONLY=words, DATA_DIR=on the disk to measure
+	$(BIN)/python tests/performance/bench.py $(if $(QUICK),--quick) $(if $(ONLY),--only '$(ONLY)') --data-dir $(or $(DATA_DIR),.)
+
+bench-check: $(VENV)/.dev ## Ratios of one short run that must hold on any machine
+	$(BIN)/python tests/performance/bench.py --check --data-dir $(or $(DATA_DIR),.)
+
+bench-peers: $(VENV)/.dev ## The same beside NATS, Kafka and Pulsar, which are fetched into MAGNETAR_PEERS_CACHE
+	$(BIN)/python tests/performance/peers/run.py $(if $(ONLY),--only '$(ONLY)') --data-dir $(or $(DATA_DIR),.)
 
 check: $(VENV)/.dev proto-check deploy-check ## Linters, types, contracts
 	$(BIN)/ruff check .

@@ -360,6 +360,7 @@ def test_bench_publish_starts_a_cluster_of_processes_and_leaves_nothing(magnetar
     result = json.loads(ran.out)
     assert result["messages"] > 0
     assert result["settings"]["local"]
+    assert result["frames_per_message"] > 0
     assert [one["role"] for one in result["processes"]] == ["metadata", "bookie0", "broker0", "client"]
     assert all(one["peak_rss_mb"] > 0 for one in result["processes"])
     assert list(tmp_path.iterdir()) == [used]
@@ -373,19 +374,6 @@ def test_bench_of_a_cluster_of_its_own_never_goes_to_another(cluster: Any) -> No
     assert both.is_refused(2, "--local", "--server")
     alone = cluster.run("bench", "publish", "--local", "1,1", "--dry-run", "--output", "json")
     assert json.loads(alone.out)["server"] is None
-
-
-def test_bench_publish_measures_and_leaves_nothing(cluster: Any) -> None:
-    before = asked(cluster, "topics", "list")
-    result = asked(cluster, "bench", "publish", "--seconds", 0.3, "--batch", 100, "--keys", 10, "--data-dir", "/tmp")
-    assert {
-        "test", "settings", "messages", "msgs_per_s", "mb_per_s", "latency_ms", "disk_mb_per_s", "disk_ratio",
-        "bytes_written_per_byte", "grpc_mb_per_s", "grpc_frames_per_s", "processes",
-    } <= set(result)  # fmt: skip
-    assert set(result["latency_ms"]) == {"p50", "p95", "p99", "p999", "max"}
-    assert result["messages"] > 0
-    assert [process["role"] for process in result["processes"]] == ["client"]
-    assert asked(cluster, "topics", "list") == before
 
 
 def test_a_server_that_takes_connections_and_says_nothing_is_given_up(magnetar: Any) -> None:

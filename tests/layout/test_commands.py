@@ -16,8 +16,9 @@ import typer
 from magnetar.cli.verbs import app, run_command_line
 
 README = (Path(__file__).resolve().parents[2] / "README.md").read_text()
+BENCH = {"publish", "latency", "consume", "catch-up", "end-to-end", "queue", "failover"}
 MUTATING = {
-    "create", "delete", "seek", "produce", "consume", "publish",
+    "create", "delete", "seek", "produce", "consume", *BENCH,
     "drain", "undrain", "decommission", "repair",
     "apply", "throttle", "pause", "resume", "cancel", "rollback",
 }  # fmt: skip
@@ -46,7 +47,8 @@ def test_the_verbs_are_the_documented_ones() -> None:
     assert {" ".join(path) for path in COMMANDS} == {
         "standalone", "metadata", "bookie", "broker", "bookies list",
         "brokers list", "brokers drain", "brokers undrain",
-        "produce", "consume", "bench publish", "cluster health", "ledgers list", "ledgers describe",
+        "produce", "consume", *(f"bench {verb}" for verb in BENCH),
+        "cluster health", "ledgers list", "ledgers describe",
         "bookies drain", "bookies undrain", "bookies decommission", "cluster repair",
         "ledgers verify", "rebalance plan", "rebalance apply", "rebalance status", "rebalance throttle",
         "rebalance pause", "rebalance resume", "rebalance cancel", "rebalance rollback", "rebalance verify",

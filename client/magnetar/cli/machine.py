@@ -1,4 +1,4 @@
-"""What the kernel says of a process, and what the disk and gRPC of this machine can do at best."""
+"""What the kernel says of a process and of the cores, and what the disk and gRPC of this machine can do at best."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from typing import Any
 import grpc
 import grpc.aio
 
-DISK_PROBE_S = 1.5
+CLOCK_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+DISK_PROBE_S = 0.8
 DISK_PROBE_BYTES = 512 << 10
-GRPC_PROBE_FRAMES = 3000
+GRPC_PROBE_FRAMES = 2000
 GRPC_PROBE_FRAME_BYTES = 100
 GRPC_PROBE_BLOCKS = 200
 GRPC_PROBE_BLOCK_BYTES = 1 << 20
@@ -23,9 +24,10 @@ GRPC_PROBE_BLOCK_BYTES = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class ProcessFigures:
-    """What the kernel counted for a process, from /proc; zeros where it cannot be read."""
+    """What the kernel counted for a process, from /proc; zeros where it cannot be read. `written`: bytes to disks."""
 
     cpu_s: float = 0.0
+    rss_mb: float = 0.0
     peak_rss_mb: float = 0.0
     written: int = 0
 
@@ -33,16 +35,49 @@ class ProcessFigures:
     def read(cls, pid: int | None) -> ProcessFigures:
         try:
             stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-            status = Path(f"/proc/{pid}/status").read_text()
+            status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
             io = dict(line.split(": ") for line in Path(f"/proc/{pid}/io").read_text().splitlines())
         except OSError:
             return cls()
-        peak = next((line for line in status.splitlines() if line.startswith("VmHWM")), "VmHWM: 0 kB")
         ticks = int(stat[11]) + int(stat[12])
-        return cls(ticks / os.sysconf("SC_CLK_TCK"), int(peak.split()[1]) / 1e3, int(io["write_bytes"]))
+        rss_mb, peak_rss_mb = (int(status.get(name, "0 kB").split()[0]) * 1024 / 1e6 for name in ("VmRSS", "VmHWM"))
+        return cls(ticks / CLOCK_TICKS_PER_S, rss_mb, peak_rss_mb, int(io["write_bytes"]))
 
     def since(self, before: ProcessFigures) -> dict[str, float]:
-        return {"cpu_s": round(self.cpu_s - before.cpu_s, 2), "peak_rss_mb": round(self.peak_rss_mb, 1)}
+        """rss_growth_mb: of the peak, over what was in memory before; 0 if the peak was earlier."""
+        grown = self.peak_rss_mb - before.rss_mb if self.peak_rss_mb > before.peak_rss_mb else 0.0
+        return {
+            "cpu_s": round(self.cpu_s - before.cpu_s, 2),
+            "peak_rss_mb": round(self.peak_rss_mb, 1),
+            "rss_growth_mb": round(grown, 1),
+        }
+
+
+def cpu_times() -> tuple[float, float]:
+    """Seconds that all cores together were busy, and seconds in total, since the machine started."""
+    first = Path("/proc/stat").read_text().splitlines()[0]
+    times = [int(field) / CLOCK_TICKS_PER_S for field in first.split()[1:9]]
+    return sum(times) - times[3] - times[4], sum(times)  # without idle and iowait
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What this machine can do at best: see `probe_disk` and `probe_grpc`."""
+
+    disk_mb_per_s: float
+    grpc_frames_per_s: float
+    grpc_mb_per_s: float
+
+    def or_better(self, other: Limits) -> Limits:
+        return Limits(
+            max(self.disk_mb_per_s, other.disk_mb_per_s),
+            max(self.grpc_frames_per_s, other.grpc_frames_per_s),
+            max(self.grpc_mb_per_s, other.grpc_mb_per_s),
+        )
+
+
+async def probe(folder: Path) -> Limits:
+    return Limits(await asyncio.to_thread(probe_disk, folder), *await probe_grpc())
 
 
 def probe_disk(folder: Path) -> float:

@@ -120,6 +120,17 @@ def parse(message_class: type[MessageT], data: bytes) -> MessageT:
     return message
 
 
+@dataclass(slots=True)
+class FrameCounts:
+    """Frames of all streams that this process served."""
+
+    received: int = 0
+    sent: int = 0
+
+
+frames = FrameCounts()
+
+
 class ServerStream:
     """One call with a stream of answers, raw bytes both ways. One task reads, one task writes."""
 
@@ -130,9 +141,13 @@ class ServerStream:
     async def read(self) -> bytes | None:
         """The next request; None when the client sends no more."""
         data: Any = await self.context.read()
-        return None if data is grpc.aio.EOF else bytes(data)
+        if data is grpc.aio.EOF:
+            return None
+        frames.received += 1
+        return bytes(data)
 
     async def write(self, data: bytes) -> None:
+        frames.sent += 1
         await self.context.write(data)
 
 

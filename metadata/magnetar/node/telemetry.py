@@ -9,7 +9,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -24,8 +24,10 @@ from prometheus_client import (
     disable_created_metrics,
     generate_latest,
 )
+from prometheus_client.core import CounterMetricFamily, Metric
+from prometheus_client.registry import Collector
 
-from magnetar.node.rpc import ListenError
+from magnetar.node.rpc import ListenError, frames
 
 # A time of creation beside each counter doubles what is scraped and tells nothing that the process's start does not.
 disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -72,7 +74,18 @@ def new_registry() -> CollectorRegistry:
     registry = CollectorRegistry()
     ProcessCollector(registry=registry)
     PlatformCollector(registry=registry)
+    registry.register(_FrameCollector())
     return registry
+
+
+class _FrameCollector(Collector):
+    """Frames are counted in two numbers, and made a metric when it is asked for: each is on a hot path."""
+
+    def collect(self) -> Iterator[Metric]:
+        family = CounterMetricFamily("magnetar_rpc_frames", "Frames of the streams served here", labels=["direction"])
+        family.add_metric(["received"], frames.received)
+        family.add_metric(["sent"], frames.sent)
+        yield family
 
 
 class HttpServer:
