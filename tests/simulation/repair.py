@@ -20,10 +20,10 @@ from simulation.world import World
 
 from magnetar.ledger.bookie_directory import BookieDirectory
 from magnetar.metadata import copy_txns
-from magnetar.metadata.codec import decode_copy, decode_ledger
+from magnetar.metadata.codec import decode_copy, decode_ledger, encode_repair
 from magnetar.metadata.copy_txns import CopyTxn, Stored, StoredTask
-from magnetar.metadata.records import CopyReason, CopyTask
-from magnetar.metadata.store import MetadataUnavailable
+from magnetar.metadata.records import CopyReason, CopyTask, RepairSettings
+from magnetar.metadata.store import MetadataUnavailable, Put
 from magnetar.repair.auditor import Auditor
 from magnetar.repair.copying import runs_of
 from magnetar.repair.metrics import RepairMetrics
@@ -123,7 +123,13 @@ class Repair:
 
     # --- orders ---
 
+    async def _set_rate(self) -> None:
+        """Mostly so low that a collector comes by while a ledger is copied."""
+        settings = RepairSettings(bytes_per_s=self._rng.choice([10_000, 30_000, 10_000_000]))
+        await self._metadata.txn([], [Put(self._world.keyspace.repair(), encode_repair(settings))])
+
     async def _run(self) -> None:
+        await self._unanswered(self._set_rate)
         while not self._stopping:
             await asyncio.sleep(self._rng.expovariate(1 / PAUSE_S))
             self._fail_some()
