@@ -173,10 +173,10 @@ async def test_a_shard_whose_takeover_fails_at_first_is_tried_again(
     failures = iter([Refused(UNAVAILABLE, "not now"), Refused(UNAVAILABLE, "not now")])
     claim = pair.b.ownership.claim
 
-    async def claim_or_fail(shard_id: int, *, preferred_or_not: bool = False) -> ShardMetadata:
+    async def claim_or_fail(shard_id: int, **named: bool) -> ShardMetadata:
         for failure in failures:
             raise failure
-        return await claim(shard_id, preferred_or_not=preferred_or_not)
+        return await claim(shard_id, **named)
 
     monkeypatch.setattr(pair.b.ownership, "claim", claim_or_fail)
     await pair.cluster.kill(pair.a)
