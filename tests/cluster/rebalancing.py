@@ -60,12 +60,12 @@ def runner(cluster: Cluster) -> str:
     return max(audited, key=lambda name: audited[name])
 
 
-def until_ended(client: Client, operation: str) -> RebalanceOperation:
+def until_ended(client: Client, operation: str, timeout_s: float = END_S) -> RebalanceOperation:
     def ended() -> RebalanceOperation | None:
         found = client.admin.rebalance.status(operation)
         return found if found.ended is not None else None
 
-    return until(f"{operation} ends", ended, END_S)
+    return until(f"{operation} ends", ended, timeout_s)
 
 
 def until_moved(client: Client, operation: str, moves: int) -> None:

@@ -1,6 +1,6 @@
 """What it takes to even a cluster out: an empty fourth bookie joins three filled ones while clients go on.
 
-    python tests/performance/rebalance.py [--gb 5] [--throttle 50MB/s] [--data-dir DIR]
+    python tests/performance/rebalance.py [--gb 5] [--throttle 10MB/s] [--data-dir DIR]
 
 The cluster is real processes: `magnetar metadata`, three bookies, two brokers. Printed: how long it took to fill it and
 to move the new bookie's share, at which rate, how the rate kept to the throttle, how even records and disks are before
@@ -26,6 +26,7 @@ from magnetar.client.sync import Client
 
 NEW = "bookie3"
 SPACE_RETURNS_S = 180.0
+MOVED_S = 3600.0
 EVEN = 0.05
 
 
@@ -46,7 +47,8 @@ def move(client: Client, throttle: int) -> None:
         f"{len(plan.moves)} segments, {plan.bytes / 1e6:,.0f} MB, skew {plan.skew_before:.1%} ->",
         f"{plan.skew_after:.1%}",
     )
-    operation = until_ended(client, client.admin.rebalance.apply(plan, throttle=throttle).operation)
+    begun = client.admin.rebalance.apply(plan, throttle=throttle)
+    operation = until_ended(client, begun.operation, MOVED_S)
     assert operation.ended is not None
     rate = average_rate(operation)
     tell("time", f"{(operation.ended - operation.created).total_seconds():.1f} s")
@@ -90,7 +92,7 @@ def run(folder: Path, size_bytes: int, throttle: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gb", type=float, default=5.0, help="of messages, before their copies")
-    parser.add_argument("--throttle", type=parse_rate, default=parse_rate("50MB/s"))
+    parser.add_argument("--throttle", type=parse_rate, default=parse_rate("10MB/s"))
     parser.add_argument("--data-dir", type=Path, default=None)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.data_dir) as folder:

@@ -13,6 +13,7 @@ from repair_world import MIB, RepairWorld, closed_ledger
 from magnetar.metadata.keyspace import Keyspace
 from magnetar.metadata.records import Goal, Move, MoveState, Operation, OperationState
 from magnetar.metadata.store import Compare, Delete, exists
+from magnetar.repair.metrics import RepairMetrics
 from magnetar.repair.orders import OrderRefused, Orders
 from magnetar.repair.runner import Runner
 
@@ -37,7 +38,8 @@ class Rebalanced:
         await self.start_runner()
 
     async def start_runner(self) -> None:
-        runner = Runner(self.world.store, self.world.keyspace, now_us=self.now_us, pass_s=0.02)
+        metrics = RepairMetrics.of(self.world.registry)
+        runner = Runner(self.world.store, self.world.keyspace, metrics, now_us=self.now_us, pass_s=0.02)
         self._runner = asyncio.create_task(runner.run(self.still_leader()))
 
     def still_leader(self) -> Compare:
@@ -105,6 +107,8 @@ async def test_an_empty_bookie_is_filled_and_nothing_is_left_to_plan(cluster: Re
     assert (ended.state, ended.moves_done, ended.bytes_done) == (OperationState.DONE, 6, begun.size_bytes)
     assert await cluster.check_all_complete() == {"a": 6, "b": 6, "c": 6, "d": 6}
     assert (await cluster.orders.plan(Goal.BYTES)).moves == ()
+    remaining = "magnetar_repair_rebalance_remaining_bytes"
+    await cluster.world.until(lambda: cluster.world.registry.get_sample_value(remaining) == 0, "nothing remains")
 
 
 async def test_another_runner_goes_on_where_a_killed_one_stood(cluster: Rebalanced) -> None:

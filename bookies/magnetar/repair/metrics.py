@@ -34,6 +34,10 @@ class RepairMetrics:
         self.under_replicated = gauge(
             "under_replicated_ledgers", "closed ledgers with fewer copies than they should have, as of the last audit"
         )
+        self.rebalance_remaining = gauge(
+            "rebalance_remaining_bytes", "bytes that rebalancing has still to move, as the elected process sees them"
+        )
+        self.rebalance_problems = gauge("rebalance_problems", "reasons why rebalancing does not go on")
         self.last_audit = gauge("last_audit_timestamp_seconds", "when this process last audited completely, 0 = never")
 
     @classmethod

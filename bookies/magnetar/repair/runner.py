@@ -26,6 +26,7 @@ from magnetar.metadata.keyspace import Keyspace
 from magnetar.metadata.records import OperationState
 from magnetar.metadata.store import Change, Compare, KeyValue, MetadataStore, MetadataUnavailable
 from magnetar.repair.listings import Cluster, Listings
+from magnetar.repair.metrics import RepairMetrics
 from magnetar.repair.operation_txns import StoredOperation, create_tasks, store_progress
 from magnetar.repair.operations import Observed, RunningOperation, Step
 
@@ -41,8 +42,15 @@ class Runner:
     """See the module. `run` it while this process is elected."""
 
     def __init__(
-        self, store: MetadataStore, keyspace: Keyspace, *, now_us: Callable[[], int], pass_s: float = PASS_S
+        self,
+        store: MetadataStore,
+        keyspace: Keyspace,
+        metrics: RepairMetrics,
+        *,
+        now_us: Callable[[], int],
+        pass_s: float = PASS_S,
     ) -> None:
+        self._metrics = metrics
         self._store = store
         self._keyspace = keyspace
         self._listings = Listings(store, keyspace)
@@ -95,12 +103,19 @@ class Runner:
     async def _pass(self, leader: Compare) -> float | None:
         live = [one for one in await self._listings.operations() if not one.operation.ended_us]
         self._running = {name: held for name, held in self._running.items() if name in {_name(one) for one in live}}
+        self._report(live)
         if not live:
             return None
         cluster = await self._listings.cluster()
         for stored in live:
             await self._advance(stored, cluster, leader)
         return PASS_PAUSED_S if all(one.operation.state is OperationState.PAUSED for one in live) else self._pass_s
+
+    def _report(self, live: Sequence[StoredOperation]) -> None:
+        operations = [one.operation for one in live]
+        remaining = sum(one.size_bytes - one.bytes_done - one.bytes_skipped for one in operations)
+        self._metrics.rebalance_remaining.set(remaining)
+        self._metrics.rebalance_problems.set(sum(len(one.problems) for one in operations))
 
     async def _advance(self, stored: StoredOperation, cluster: Cluster, leader: Compare) -> None:
         held = self._running.get(_name(stored))

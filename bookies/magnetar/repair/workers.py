@@ -39,7 +39,7 @@ class RepairWorkers:
         self.scrubber = Scrubber(
             bookie_id, local, self.replicator, store, keyspace, metrics, reborn=reborn, now_us=now_us
         )
-        runner = Runner(store, keyspace, now_us=now_us)
+        runner = Runner(store, keyspace, metrics, now_us=now_us)
         self.auditor = Auditor(bookie_id, store, keyspace, metrics, now_us=now_us, duties=[runner.run])
 
     def start(self) -> None:

@@ -7,7 +7,7 @@ import enum
 import sys
 from collections import Counter
 from collections.abc import Awaitable, Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -31,7 +31,7 @@ from magnetar.cli.output import Size, emit_facts, emit_json, emit_table, human_b
 from magnetar.cli.quantities import human_rate, parse_rate, parse_size
 
 if TYPE_CHECKING:
-    from magnetar.client import Client, RebalanceOperation, RebalancePlan, RebalanceVerification
+    from magnetar.client import Client, LedgerVerification, RebalanceOperation, RebalancePlan, RebalanceVerification
 
 app = typer.Typer(help="Move segments between bookies until each holds its even share.", no_args_is_help=True)
 
@@ -473,7 +473,10 @@ def verify(
     """Reads back what an operation moved and compares the checksums of every copy; exit code 10 if any is wrong."""
 
     async def body(client: Client) -> RebalanceVerification:
-        return await client.admin.rebalance.verify(operation)
+        wanted = await client.admin.rebalance.status(operation)
+        with _Ledgers(wanted.moves_done) if sys.stderr.isatty() else nullcontext() as bar:
+            told = None if bar is None else bar.compared
+            return await client.admin.rebalance.verify(wanted.operation, on_ledger=told)
 
     found = run_with_client(server, timeout, body)
     if output is Output.json:
@@ -491,6 +494,28 @@ def verify(
         )
     if found.problems:
         raise typer.Exit(EXIT_UNHEALTHY)
+
+
+class _Ledgers:
+    """A progress bar on stderr, a step for each ledger."""
+
+    def __init__(self, ledgers: int) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("ledgers compared"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self._progress = Progress(*columns, console=Console(stderr=True))
+        self._task = self._progress.add_task("", total=max(1, ledgers))
+
+    def __enter__(self) -> _Ledgers:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._progress.stop()
+
+    def compared(self, _found: LedgerVerification) -> None:
+        self._progress.advance(self._task)
 
 
 def _percent(share: float) -> str:
