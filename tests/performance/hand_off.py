@@ -57,6 +57,7 @@ class Load:
         self.sent = 0
         self.confirmed: list[float] = []
         self.received: dict[str, list[int]] = {"stream": [], "queue": []}
+        self.distinct: dict[str, set[int]] = {"stream": set(), "queue": set()}
         self._stop = asyncio.Event()
 
     async def publish(self, producer: Producer) -> None:
@@ -71,11 +72,13 @@ class Load:
         await producer.flush()
 
     async def consume(self, consumer: StreamConsumer | QueueConsumer, subscription: str) -> None:
-        taken = self.received[subscription]
+        taken, distinct = self.received[subscription], self.distinct[subscription]
         async with consumer:
-            while not (self._stop.is_set() and len(self.confirmed) == self.sent == len(set(taken))):
+            while not (self._stop.is_set() and len(self.confirmed) == self.sent == len(distinct)):
                 messages = await consumer.receive_batch(1000, timeout=0.2)
-                taken.extend(int(message.payload) for message in messages)
+                numbers = [int(message.payload) for message in messages]
+                taken += numbers
+                distinct.update(numbers)
                 if messages:
                     # Acknowledgements of a moment share their outcome; a stream needs the last one only.
                     asked = messages[-1:] if isinstance(consumer, StreamConsumer) else messages
