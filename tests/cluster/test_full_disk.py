@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,7 @@ from cluster.load import Judge, Load, Window
 
 MIB = 1 << 20
 DISK_BYTES = 512 * MIB
+STEP_BYTES = 16 * MIB
 LEFT_BYTES = 2 * MIB
 """Less than what is written until the bookie looks at its disk again."""
 
@@ -43,13 +44,22 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, disk: Path) -> Iterator[Cl
         cluster.close()
 
 
+def free_bytes(disk: Path) -> int:
+    status = os.statvfs(disk)
+    return status.f_bavail * status.f_frsize
+
+
 @contextmanager
 def filled(disk: Path, left_bytes: int) -> Iterator[None]:
     """Something else takes the room, but for so many bytes."""
     ballast = disk / "ballast"
-    status = os.statvfs(disk)
     with ballast.open("wb") as file:
-        os.posix_fallocate(file.fileno(), 0, status.f_bavail * status.f_frsize - left_bytes)
+        taken = 0
+        # In steps: the load takes room, too, while a large one is being made.
+        while (step := min(STEP_BYTES, free_bytes(disk) - left_bytes)) > 0:
+            with suppress(OSError):
+                os.posix_fallocate(file.fileno(), taken, step)
+                taken += step
     try:
         yield
     finally:

@@ -115,6 +115,7 @@ def restart(cluster: Cluster, names: Sequence[str]) -> None:
         cluster.restart(name)
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_a_throttle_is_held_within_a_tenth_and_changed_while_it_goes_on(client: Client) -> None:
     emptied(client)
@@ -128,6 +129,7 @@ def test_a_throttle_is_held_within_a_tenth_and_changed_while_it_goes_on(client: 
     check_copies(client, back.operation)
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_pause_resume_cancel_and_rollback_though_source_and_target_are_killed(
     cluster: Cluster, load: Load, client: Client, judge: Judge

@@ -154,6 +154,7 @@ def test_a_bookie_is_drained_while_it_serves_and_then_removed(cluster: Cluster, 
     cluster.restart("bookie1")
 
 
+@pytest.mark.long
 def test_bookies_that_die_as_source_and_as_target_in_the_middle_only_delay_it(
     cluster: Cluster, load: Load, judge: Judge
 ) -> None:
@@ -181,6 +182,7 @@ def _copied(cluster: Cluster, bookie: str) -> float:
     return cluster.metric(bookie, "magnetar_repair_copied_bytes_total")
 
 
+@pytest.mark.long
 def test_a_metadata_store_that_dies_in_the_middle_only_delays_it(cluster: Cluster, load: Load, judge: Judge) -> None:
     repair(cluster, throttle=SLOW)
     load.run_until_answered(FILL_MESSAGES // 3)
