@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from repair_world import RepairWorld, closed_ledger, envelopes
 
+from magnetar.bookie.memory import MemoryEntryStore
 from magnetar.ledger.bookie_rpc import AddGroup, AddResult, AddStatus
 from magnetar.metadata.codec import encode_ledger, encode_repair
 from magnetar.metadata.records import VACANT, CopyClaim, CopyReason, Fragment, RepairSettings
@@ -79,6 +80,29 @@ async def test_what_a_member_missed_is_completed_without_a_claim(world: RepairWo
     await world.until_no_tasks()
     await world.check_complete(5)
     assert await world.record(5) == before
+
+
+async def test_what_the_target_holds_counts_once_it_is_synced(world: RepairWorld) -> None:
+    syncing = asyncio.Event()
+    syncing.set()
+
+    async def sync() -> None:
+        await syncing.wait()
+
+    world.stores["b"] = MemoryEntryStore(sync)
+    await world.start("abc")
+    record = closed_ledger(5, 10, (0, ("a", "b", "c")))
+    await world.put_ledger(record, missing={"b": range(10)})
+    syncing.clear()
+    written = world.local("b").add(AddGroup(5, record.epoch, record.token, tuple(envelopes(record)), recovery=True))
+    await world.put_task(5, "b", "b", CopyReason.UNREPLICATED, first=0, last=9)
+    for _ in range(2000):
+        await asyncio.sleep(0)
+    assert not written.done()
+    assert await world.tasks(), "a copy was counted that is not durable"
+    syncing.set()
+    await world.until_no_tasks()
+    await world.check_complete(5)
 
 
 async def test_striped_entries_go_where_their_place_is(world: RepairWorld) -> None:

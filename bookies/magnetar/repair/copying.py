@@ -10,6 +10,8 @@ Steps of a copy, for each run of entries that stand together:
    verified, and added as recovery adds entries: the very bytes.
 4. What was added is asked for again, as in step 1, and compared with what was sent.
 
+What a bookie says it holds is synced: its reads wait for the group that is being committed (`bookie/reads.py`).
+
 A target that is being collected says UNKNOWN to reads and BUSY to adds: the copy stalls and is tried again. It cannot
 miss a deletion: step 1 comes after the claim, so that a collector that re-reads the record after it began to refuse
 adds finds the claim, or had deleted before step 1 was answered.
