@@ -322,6 +322,51 @@ async def test_a_copy_claimed_after_the_last_look_begins_after_the_deletion(
     assert (await collection.collector.collect()).deleted == ()
 
 
+async def test_an_entry_whose_removal_waits_for_its_turn_is_not_shown_to_a_copy(
+    collection: Collection, writer: Any, held_disk: Any
+) -> None:
+    """The copy would count it as there, and take the ledger over without it."""
+    local = collection.local
+    await local.add(writer(7).add(0))
+    collection.bookie._store._sync = held_disk.sync
+    held_disk.hold()
+    other = local.add(writer(8).add(0))
+    await held_disk.syncing.wait()
+    removal = asyncio.create_task(collection.collector._delete(7, 0))
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert len(collection.bookie._commits._queue) == 1
+    read = await local.read(writer(7).read(0, 1))
+    held_disk.release()
+    assert await removal
+    assert read.answers[0].outcome is EntryOutcome.UNKNOWN
+    assert (await other).status is AddStatus.OK
+
+
+async def test_an_entry_that_is_removed_while_it_is_read_is_not_shown(
+    collection: Collection, writer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local, store = collection.local, collection.bookie._store
+    await local.add(writer(7).add(0))
+    look, removed = asyncio.Event(), asyncio.Event()
+    store_read = store.read
+
+    async def slow(queries: Any) -> Any:
+        found = await store_read(queries)
+        look.set()
+        await removed.wait()
+        return found
+
+    monkeypatch.setattr(store, "read", slow)
+    collection.collector.collecting.add(7)
+    read = asyncio.ensure_future(local.read(writer(7).read(0, 1)))
+    await look.wait()
+    assert await collection.collector._delete(7, 0)
+    removed.set()
+    assert (await read).answers[0].outcome is EntryOutcome.UNKNOWN
+    assert not collection.collector.collecting
+
+
 async def test_a_collector_that_is_cancelled_leaves_the_ledger_closed_until_its_removal_is_judged(
     collection: Collection, writer: Any, held_disk: Any
 ) -> None:

@@ -1,6 +1,8 @@
 """Reads, many of them in one trip to the store's threads.
 
-A read shows only what is durable: what comes from a group that is still being committed is held back until it is.
+A read shows only what is durable: what comes from a group that is still being committed is held back until it is. What
+is read while its ledger is being collected is not known to be here any more when it is answered: a copy that counted
+such entries would end with a hole. A collection that begins later than the read finds the claim of that copy.
 """
 
 from __future__ import annotations
@@ -105,23 +107,26 @@ class Reads:
                 EntryQuery(g.ledger_id, g.first_entry, g.last_entry, min(max(g.max_bytes, 1), READ_BYTES_MAX))
                 for g, _ in waiting
             ]
+            before = [self._conditions(group.ledger_id) for group, _ in waiting]
             found = await self._store.read(queries)
             await self._commits.settled(group.ledger_id for group, _ in waiting)
-            for (group, future), read in zip(waiting, found, strict=True):
+            for (group, future), conditions, read in zip(waiting, before, found, strict=True):
                 if not future.done():
-                    future.set_result(self._judge(group, read))
+                    future.set_result(self._judge(group, conditions, read))
         except Exception as error:
             log.exception("reads failed")
             for _, future in waiting:
                 if not future.done():
                     future.set_result(unknown_read(f"read failed error=`{error}`"))
 
-    def _judge(self, group: ReadGroup, read: EntryRead) -> ReadResult:
+    def _judge(self, group: ReadGroup, before: ReadConditions, read: EntryRead) -> ReadResult:
         """The remembered mark is as new as the last durable group; the one that was read is at most older."""
+        conditions = self._conditions(group.ledger_id)
+        conditions = ReadConditions(conditions.limbo, before.collecting or conditions.collecting)
         remembered = self._commits.remembered(group.ledger_id)
         mark = read.mark if remembered is None else remembered.mark
         values = [verified(value, group.ledger_id, group.first_entry + n) for n, value in enumerate(read.values)]
-        result = judge_read(group.token, values, mark, self._conditions(group.ledger_id))
+        result = judge_read(group.token, values, mark, conditions)
         self._count(values, result)
         return headers_of(result) if group.headers_only else result
 
