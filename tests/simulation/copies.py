@@ -4,7 +4,7 @@
    it replaces to its target, in the transaction that ends the claim, and while the copy's task stands. So there are
    never fewer copies than before.
 2. A task of an operation is made while the operation runs: not when it is paused, cancelled, or has ended.
-3. Only a broker changes an operation's state and rate, as it was told. Who carries it out ends it, and does not go back.
+3. Only a broker changes an operation's state and rate, as it was told. Who carries it out ends it, and goes not back.
    What has ended never changes, and leaves no task.
 4. What an operation's tasks have moved stands in its moves when it has ended: else nothing would take it back.
 5. A bookie that is removed is in no closed ledger.
@@ -113,9 +113,9 @@ class Copies:
             return
         task = decode_copy(change.value)
         operation = self.operations.get(task.operation)
-        if change.key not in self.tasks and operation is not None:
-            if operation.state is not OperationState.RUNNING:
-                self._fail(f"operation: a task is made of one that does not run: {task} {operation}")
+        runs = operation is None or operation.state is OperationState.RUNNING
+        if change.key not in self.tasks and not runs:
+            self._fail(f"operation: a task is made of one that does not run: {task} {operation}")
         self.tasks[change.key] = task
 
     def tasks_of(self, operation_id: str) -> list[CopyTask]:
@@ -158,7 +158,8 @@ class Copies:
             self._carried_on(before, after)
 
     def _carried_on(self, before: Rebalance, after: Rebalance) -> None:
-        wanted = OperationState.DONE if after.ended_us and before.state is not OperationState.CANCELLED else before.state
+        done = after.ended_us and before.state is not OperationState.CANCELLED
+        wanted = OperationState.DONE if done else before.state
         if (after.state, after.bytes_per_s) != (wanted, before.bytes_per_s):
             self._fail(f"operation: its runner gave it an order: {before} {after}")
         if after.moves_done < before.moves_done or after.moves_skipped < before.moves_skipped:

@@ -27,6 +27,7 @@ from grpc.aio import AioRpcError
 from prometheus_client import CollectorRegistry
 from simulation.bookies import SimulatedBookie
 from simulation.loop import Process
+from simulation.metadata import SimulatedMetadata
 from simulation.rpc import SimulatedChannel
 from simulation.world import World
 
@@ -37,7 +38,6 @@ from magnetar.metadata.records import CopyReason, CopyTask, Fragment, LedgerReco
 from magnetar.repair.copying import runs_of
 from magnetar.repair.workers import RepairWorkers
 from magnetar.v1 import metadata_pb2, rebalance_pb2, repair_pb2
-from simulation.metadata import SimulatedMetadata
 
 PAUSE_S = 0.3
 CHANGES, OTHER_ORDERS = 0.5, 0.25
@@ -123,7 +123,12 @@ class Rebalancing:
     # --- orders while everything strikes ---
 
     async def _run(self) -> None:
-        begin = ((6, self._plan_and_apply), (2, self._apply_saved), (4, self._roll_back), (1, self._apply_without_a_rate))
+        begin = (
+            (6, self._plan_and_apply),
+            (2, self._apply_saved),
+            (4, self._roll_back),
+            (1, self._apply_without_a_rate),
+        )
         change = (
             (3, self._throttle),
             (3, lambda: self._change(PAUSED)),
