@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry
 
-from magnetar.bookie.collector import PAGE_KEYS, TOMBSTONE_US, Collector
+from magnetar.bookie.collector import TOMBSTONE_US, Collector
 from magnetar.bookie.disk import DiskUsage
 from magnetar.bookie.entry_store import StoreUsage
 from magnetar.bookie.metrics import BookieMetrics
 from magnetar.ledger.bookie_rpc import AddStatus, EntryOutcome
 from magnetar.metadata.codec import encode_ledger
 from magnetar.metadata.keyspace import Keyspace
+from magnetar.metadata.listing import PAGE_KEYS
 from magnetar.metadata.records import CopyClaim, Fragment, LedgerPurpose, LedgerRecord, LedgerState
 from magnetar.metadata.store import Delete, MetadataStore, MetadataUnavailable, Operation, Put, RangeResult
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from log_world import SHARD_ID, Cluster, OpenLog, until
 
 from magnetar.managed_log.log import LogSettings
-from magnetar.metadata.codec import decode_copy, encode_drain
+from magnetar.metadata.codec import decode_bookie, decode_copy, encode_bookie, encode_drain
 from magnetar.metadata.records import VACANT, CopyReason, CopyTask, Drain, LedgerRecord, SubscriptionType
 from magnetar.metadata.shards import ShardMetadata
-from magnetar.metadata.store import Put
+from magnetar.metadata.store import Put, exists
 
 QUICK = LogSettings(retry_first_s=0.001, retry_last_s=0.01, recovery_attempts=3)
 
@@ -96,3 +98,29 @@ async def test_open_ledgers_end_that_have_entries_on_a_drained_bookie(four_booki
     owner.log.leave_bookies({drained})
     await append_some(owner)
     assert {ledger.ledger_id for ledger in await open_ledgers(cluster)} == before, "nothing ends twice"
+
+
+async def test_idle_ledgers_end_whose_member_cannot_be_replaced(four_bookies: Cluster) -> None:
+    cluster = four_bookies
+    owner = await cluster.open(settings=QUICK)
+    await append_some(owner)
+    await owner.log.create_cursor("s", 1, SubscriptionType.QUEUE, 0)
+    open_now = await open_ledgers(cluster)
+    newer = max(ledger.ledger_id for ledger in open_now) + 1
+    for number in range(4):
+        # A bookie that came back with an empty disk takes no old ledgers: it is a spare for none of these.
+        key = cluster.keyspace.bookie(f"bookie{number}")
+        found = await cluster.store.inner.get(key)
+        assert found is not None
+        reborn = replace(decode_bookie(found.value), ledger_floor=newer)
+        await cluster.store.inner.txn([exists(key)], [Put(key, encode_bookie(reborn), found.lease_id)])
+    drained = sorted(frozenset.intersection(*(ledger.bookies() for ledger in open_now)))[0]
+    await cluster.store.inner.txn([], [Put(cluster.keyspace.bookie_drain(drained), encode_drain(Drain(drained)))])
+
+    def ended() -> bool:
+        owner.log.leave_bookies({drained})
+        ledgers = owner.log._shard.ledgers
+        return not ledgers.keys() & {ledger.ledger_id for ledger in open_now}
+
+    await until(ended)
+    assert await owner.read_all() == [b"0", b"1", b"2"]

@@ -10,6 +10,7 @@ In the metadata store:
    seen acknowledged. Its epoch never falls.
 5. A shard's epoch never falls. It gets an owner whose session lives; and it is taken from another one only when that
    one's session is over, or by itself.
+6. What `copies.py` says of copies, and of the operations that move them.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+from simulation.copies import Copies
 from simulation.disk import SimulatedDisk
 
 from magnetar.ledger.bookie_rpc import AddGroup, AddResult, AddStatus, EntryOutcome, LacResult, ReadGroup, ReadResult
@@ -47,6 +49,7 @@ class Boundaries:
         self._shards: dict[int, ShardRecord] = {}
         self.on_claim: Callable[[int], None] = lambda shard: None
         """Hears of each shard whose epoch grew."""
+        self.copies = Copies(fail, keyspace)
         self._expected: set[tuple[int, Owner, str]] = set()
         """Shards that an owner was to pass on, and to whom: that one may claim them, should the owner be silent."""
 
@@ -129,6 +132,7 @@ class Boundaries:
 
     def applied(self, by: str, operations: Sequence[Operation]) -> None:
         """A transaction of this process was applied."""
+        self.copies.applied(by, operations)
         for operation in operations:
             if not isinstance(operation, Put) or not operation.key.startswith(self._keyspace.root):
                 continue

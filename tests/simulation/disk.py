@@ -58,6 +58,10 @@ class SimulatedDisk:
         self.full = self.fails_sync = False
         self.slow, self.unreadable = 1.0, 0.0
 
+    def replace(self) -> None:
+        """Another one stands in its place, empty."""
+        self._store = None
+
     def usage(self) -> DiskUsage:
         return DiskUsage(0 if self.full else SIZE_BYTES // 2, SIZE_BYTES)
 

@@ -257,7 +257,10 @@ class SimulatedLease:
 
     @property
     def lost(self) -> bool:
-        return self._over.is_set() or self._network.loop.time() >= self._deadline
+        """What was lost stays lost, however late an answer comes."""
+        if self._network.loop.time() >= self._deadline:
+            self._over.set()
+        return self._over.is_set()
 
     async def wait_lost(self) -> None:
         await self._over.wait()
@@ -284,4 +287,5 @@ class SimulatedLease:
         asked_at = self._network.loop.time()
         async with asyncio.timeout(attempt_s):
             await self._metadata.keep_alive(self._lease_id)
-        self._deadline = max(self._deadline, asked_at + self._ttl_s * JUDGED_LOST_AT)
+        if not self.lost:
+            self._deadline = max(self._deadline, asked_at + self._ttl_s * JUDGED_LOST_AT)

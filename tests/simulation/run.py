@@ -33,14 +33,19 @@ from simulation.checkers import HEALED_S, verify  # noqa: E402
 from simulation.faults import Faults  # noqa: E402
 from simulation.moves import Moves  # noqa: E402
 from simulation.oracle import Oracle, Violation  # noqa: E402
+from simulation.rebalancing import Rebalancing  # noqa: E402
 from simulation.repair import Repair  # noqa: E402
-from simulation.workload import CALLS, KEPT, Scene, Workload  # noqa: E402
+from simulation.workload import CALLS, KEPT, TRIMMED, Scene, Workload  # noqa: E402
 from simulation.world import Shape, World  # noqa: E402
 
 REPAIRED_SEEDS = 0.6
 """Share of the seeds with busy collectors in which copies of closed ledgers are moved."""
 MOVED_SEEDS = 0.6
 """Share of the seeds in which an operator moves shards between brokers."""
+REBALANCED_SEEDS = 0.3
+"""Share of the seeds without those in which an operator rebalances bookies, and they repair what is lost."""
+SHORT_SEGMENT_S = 1.0
+"""In these: so that there are ledgers to move."""
 ALL_PLANTS = "all"
 FAULTS_S = 40.0
 """Virtual seconds after which faults end, if the calls are not used up before."""
@@ -72,13 +77,18 @@ class Simulation:
             segment_s=rng.choice([3.0, 10.0, 3600.0]),
             gc_interval_s=rng.choice([0.5, 0.5, 5.0, 60.0]),
         )
+        scene = Scene.draw(rng, calls)
+        self.repairs = shape.gc_interval_s < 1.0 and rng.random() < REPAIRED_SEEDS
+        rebalances = not self.repairs and random.Random(f"rebalances {seed}").random() < REBALANCED_SEEDS
+        if rebalances:
+            shape = replace(shape, segment_s=SHORT_SEGMENT_S)
         self.world = World(seed, shape, self._unexpected)
         self.oracle = Oracle(self.world.loop.time, self._fail)
         self.world.watch_boundaries(self._fail)
-        self.workload = Workload(self.world, self.oracle, Scene.draw(rng, calls), seed)
+        self.workload = Workload(self.world, self.oracle, scene, seed)
         self.faults = Faults(self.world, seed)
-        self.repairs = shape.gc_interval_s < 1.0 and rng.random() < REPAIRED_SEEDS
         self.moves = random.Random(f"moving {seed}").random() < MOVED_SEEDS
+        self.rebalancing = Rebalancing(self.world, [KEPT, TRIMMED], seed) if rebalances else None
 
     def run(self) -> str:
         """The invariant that was violated, or nothing."""
@@ -100,6 +110,8 @@ class Simulation:
         kept = await self.workload.shards_of(KEPT)
         repair = Repair(world, kept, self.seed) if self.repairs else None
         moves = Moves(world, kept, self.seed) if self.moves else None
+        if self.rebalancing is not None:
+            self.rebalancing.start()
         working = asyncio.create_task(self.workload.run())
         await asyncio.wait({working}, timeout=FAULTS_S)
         await self.faults.stop()
@@ -114,6 +126,8 @@ class Simulation:
         if repair is not None:
             await asyncio.wait({asyncio.create_task(repair.stop())}, timeout=HEALED_S)
             world.transcript.note("repair moved", repair.moved)
+        if self.rebalancing is not None:
+            await self.rebalancing.stop()
         await verify(world, self.workload)
 
     def _fail(self, words: str) -> NoReturn:

@@ -95,6 +95,8 @@ class World:
         self.clients: dict[str, Process] = {}
         self._gone: dict[Process, asyncio.Future[None]] = {}
         self.lost_disks: list[str] = []
+        self.with_workers: Callable[[str, Process, Bookie], Awaitable[Any]] | None = None
+        """Starts what a bookie's process does beside storing; what it returns is stopped in its stead."""
         self._replaced_at: dict[int, float] = {}
         self._dead: list[Any] = []
         """Tasks of killed processes: were they let go, Python would run their clean-up code."""
@@ -193,6 +195,13 @@ class World:
         self.disks[name].lost = True
         self.boundaries.disk_lost(name)
 
+    def replace_disk(self, name: str) -> None:
+        """The bookie starts anew with an empty one."""
+        self.kill(name)
+        self.disks[name].replace()
+        self.boundaries.disk_lost(name)
+        self.start_host(name)
+
     def pause(self, name: str) -> None:
         """As SIGSTOP does."""
         process = self._process(name)
@@ -234,7 +243,7 @@ class World:
 
     # --- servers ---
 
-    async def _start_bookie(self, name: str, process: Process) -> Bookie:
+    async def _start_bookie(self, name: str, process: Process) -> Any:
         shape, disk = self.shape, self.disks[name]
         settings = BookieSettings(
             id=name,
@@ -259,7 +268,7 @@ class World:
             lock=NoLock,
         )
         self.reachable.handlers[name] = (process, bookie.handlers)
-        return bookie
+        return bookie if self.with_workers is None else await self.with_workers(name, process, bookie)
 
     def _die(self, name: str, process: Process, message: str) -> None:
         self.transcript.note(name, "ends itself:", message)

@@ -29,13 +29,11 @@ from magnetar.bookie.entry_store import EntryStore, LedgerMark, StoreDamaged
 from magnetar.bookie.group_commit import GroupCommit
 from magnetar.bookie.judge import Done, Forget, Remove
 from magnetar.bookie.metrics import BookieMetrics
+from magnetar.metadata import listing
 from magnetar.metadata.codec import DamagedRecord, decode_ledger
 from magnetar.metadata.keyspace import KeyKind, Keyspace, UnknownKey
 from magnetar.metadata.store import KeyValue, MetadataStore, MetadataUnavailable
 
-PAGE_KEYS = 250
-PAGES_MAX = 40_000
-"""Ten million keys: a listing that is longer is given up, not cut."""
 TOMBSTONE_US = 7 * 24 * 3600 * 1_000_000
 DELETIONS_PER_PASS_MAX = 10_000
 GARBAGE_SHARE_MAX = 0.35
@@ -45,10 +43,6 @@ DISK_PRESSURE_AT = 0.80
 REWRITE_BYTES_PER_S = 32 << 20
 
 log = structlog.get_logger("magnetar.bookie")
-
-
-class IncompleteListing(Exception):
-    """Nothing may be concluded from what is missing in it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +83,7 @@ class Collector:
             forgotten = await self._forget(local)
             candidates = [i for i, mark in local if mark.stored or not mark.deleted_us]
             places = await self._unnamed(candidates)
-        except (IncompleteListing, MetadataUnavailable, StoreDamaged, DamagedRecord, UnknownKey) as reason:
+        except (MetadataUnavailable, StoreDamaged, DamagedRecord, UnknownKey) as reason:
             self._metrics.aborted.inc()
             log.warning("collection aborted", bookie=self._bookie_id, reason=str(reason))
             return Pass(aborted=str(reason) or type(reason).__name__)
@@ -114,14 +108,17 @@ class Collector:
 
     async def _unnamed(self, local: Iterable[int]) -> list[tuple[int, int]]:
         """(ledger, its shard or 0) of those that, as listed, give this bookie no role."""
-        indexed = {self._keyspace.parse_index(item.key)[1] for item in await self._list(self._index_prefix())}
+        indexed = {
+            self._keyspace.parse_index(item.key)[1]
+            async for item in listing.items(self._metadata, self._index_prefix())
+        }
         candidates = [ledger_id for ledger_id in local if ledger_id not in indexed]
         if not candidates:
             return []
         shards: dict[int, int] = {}
         named: set[int] = set()
         for prefix in (self._keyspace.shards_prefix(), self._keyspace.ledgers_prefix()):
-            for item in await self._list(prefix):
+            async for item in listing.items(self._metadata, prefix):
                 kind, values = self._keyspace.parse(item.key)
                 if kind is KeyKind.SHARD_LEDGER:
                     shards[int(values[1])] = int(values[0])
@@ -130,20 +127,6 @@ class Collector:
                     named.add(int(values[-1]))
         found = [(ledger_id, shards.get(ledger_id, 0)) for ledger_id in candidates if ledger_id not in named]
         return found[:DELETIONS_PER_PASS_MAX]
-
-    async def _list(self, prefix: str) -> list[KeyValue]:
-        """All keys under the prefix. Raises rather than return a part of them."""
-        items: list[KeyValue] = []
-        after = ""
-        for _ in range(PAGES_MAX):
-            page = await self._metadata.range(prefix, after=after, limit=PAGE_KEYS)
-            items += page.items
-            if not page.more:
-                return items
-            if not page.items:
-                break
-            after = page.items[-1].key
-        raise IncompleteListing(f"listing does not end prefix=`{prefix}` keys=`{len(items)}`")
 
     def _index_prefix(self) -> str:
         return self._keyspace.index_prefix(self._bookie_id)

@@ -21,13 +21,13 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
 from typing import Any
 
 import structlog
 
-from magnetar.metadata import copy_txns
+from magnetar.metadata import copy_txns, listing
 from magnetar.metadata.codec import (
     DamagedRecord,
     decode_bookie,
@@ -62,9 +62,6 @@ PASS_S = 5.0
 SETTLE_S = 0.5
 """Changes come in crowds: a pass begins so long after the first of them."""
 SWEEP_S = 300.0
-PAGE_KEYS = 500
-PAGES_MAX = 100_000
-"""A listing that is longer is given up, not cut."""
 INDEX_KEYS_PER_PASS = 4_000
 """Of one bookie that are looked at for ledgers without a task; the next pass goes on behind them."""
 RETRY_S = 1.0
@@ -72,10 +69,6 @@ RETRY_S = 1.0
 Key = tuple[int, str]
 
 log = structlog.get_logger("magnetar.repair")
-
-
-class IncompleteListing(Exception):
-    """Nothing may be concluded from it."""
 
 
 class Auditor:
@@ -184,14 +177,14 @@ class Auditor:
         """Returns when the next bookie is to be given up."""
         try:
             return await self.audit()
-        except (IncompleteListing, DamagedRecord, UnknownKey, MetadataUnavailable) as reason:
+        except (DamagedRecord, UnknownKey, MetadataUnavailable) as reason:
             log.warning("audit given up", candidate=self._candidate, reason=str(reason) or type(reason).__name__)
             return None
 
     async def audit(self) -> int | None:
         """One pass; returns when the next bookie is to be given up.
 
-        Raises IncompleteListing, DamagedRecord, UnknownKey, MetadataUnavailable: nothing more is decided then.
+        Raises DamagedRecord, UnknownKey, MetadataUnavailable: nothing more is decided then.
         """
         cluster, losses = await self._look()
         judged = audit.judge_losses(cluster)
@@ -249,19 +242,7 @@ class Auditor:
         }
 
     async def _all(self, prefix: str) -> list[KeyValue]:
-        return [item async for page in self._pages(prefix) for item in page]
-
-    async def _pages(self, prefix: str, after: str = "") -> AsyncIterator[Sequence[KeyValue]]:
-        """All keys under the prefix. Raises rather than leave one out."""
-        for _ in range(PAGES_MAX):
-            page = await self._store.range(prefix, after=after, limit=PAGE_KEYS)
-            yield page.items
-            if not page.more:
-                return
-            if not page.items:
-                break
-            after = page.items[-1].key
-        raise IncompleteListing(f"listing does not end prefix=`{prefix}`")
+        return [item async for item in listing.items(self._store, prefix)]
 
     async def _ledger(self, ledger_id: int) -> Stored | None:
         found = await self._store.get(self._keyspace.ledger(ledger_id))
@@ -318,8 +299,8 @@ class Auditor:
         prefix = self._keyspace.index_prefix(bookie)
         room = audit.room_for(stored.task for stored in tasks.values())
         looked_at = 0
-        async for page in self._pages(prefix, self._index_position.pop(bookie, "")):
-            for item in page:
+        async for page in listing.pages(self._store, prefix, after=self._index_position.pop(bookie, "")):
+            for item in page.items:
                 ledger_id = self._keyspace.parse_index(item.key)[1]
                 if room <= 0:
                     return
@@ -327,9 +308,9 @@ class Auditor:
                     ledger = await self._ledger(ledger_id)
                     if ledger is not None and copy_txns.names(ledger.record, bookie):
                         room -= await self._create(cluster, ledger, bookie, reason, tasks, load)
-            looked_at += len(page)
+            looked_at += len(page.items)
             if looked_at >= INDEX_KEYS_PER_PASS:
-                self._index_position[bookie] = page[-1].key
+                self._index_position[bookie] = page.items[-1].key
                 return
 
     async def _create(
@@ -370,10 +351,9 @@ class Auditor:
 
     async def _sweep(self, cluster: Cluster, tasks: dict[Key, StoredTask], load: Counter[str]) -> None:
         room = audit.room_for(stored.task for stored in tasks.values())
-        async for page in self._pages(self._keyspace.ledgers_prefix()):
-            for item in page:
-                ledger = Stored(decode_ledger(item.value), item.mod_revision)
-                room -= await self._look_after(cluster, ledger, tasks, load, room)
+        async for item in listing.items(self._store, self._keyspace.ledgers_prefix()):
+            ledger = Stored(decode_ledger(item.value), item.mod_revision)
+            room -= await self._look_after(cluster, ledger, tasks, load, room)
         for stored in list(tasks.values()):
             if stored.revision and await self._ledger(stored.task.ledger_id) is None:
                 await self._send(copy_txns.drop_orphan(self._keyspace, stored))
@@ -417,9 +397,9 @@ class Auditor:
         found = {ledger_id for (ledger_id, _), stored in tasks.items() if stored.task.reason in wanting}
         for bookie in sorted(cluster.holding):
             looked_at = 0
-            async for page in self._pages(self._keyspace.index_prefix(bookie)):
-                found.update(self._keyspace.parse_index(item.key)[1] for item in page)
-                looked_at += len(page)
+            async for page in listing.pages(self._store, self._keyspace.index_prefix(bookie)):
+                found.update(self._keyspace.parse_index(item.key)[1] for item in page.items)
+                looked_at += len(page.items)
                 if looked_at >= INDEX_KEYS_PER_PASS:
                     break
         return len(found)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
+from magnetar.metadata import listing
 from magnetar.metadata.codec import (
     decode_bookie,
     decode_copy,
@@ -30,7 +31,6 @@ from magnetar.metadata.store import KeyValue, MetadataStore
 from magnetar.repair.operation_txns import StoredOperation
 from magnetar.repair.planner import Snapshot
 
-PAGE_KEYS = 1_000
 MOVE_PAGES = 8
 """A page of moves takes some hundred kilobytes at most."""
 
@@ -62,9 +62,9 @@ class Listings:
 
     async def cluster(self) -> Cluster:
         keys = self._keyspace
-        found = await self._store.range(keys.bookies_prefix(), limit=PAGE_KEYS)
-        cluster = Cluster(found.revision)
-        async for item in self._under(keys.bookies_prefix()):
+        found = [page async for page in listing.pages(self._store, keys.bookies_prefix())]
+        cluster = Cluster(found[0].revision)
+        for item in (item for page in found for item in page.items):
             name = keys.parse_bookie(item.key)
             cluster.bookies[name] = decode_bookie(item.value)
             cluster.sessions[name] = item.create_revision
@@ -94,7 +94,7 @@ class Listings:
     async def pages(self, operation_id: str) -> list[tuple[tuple[Move, ...], int]]:
         """The moves of each page, and the revision of its key."""
         prefix = self._keyspace.moves_prefix(operation_id)
-        found = self._under(prefix, MOVE_PAGES)
+        found = listing.items(self._store, prefix, page_keys=MOVE_PAGES)
         return [(decode_moves(item.value), item.mod_revision) async for item in found]
 
     async def moves(self, operation_id: str) -> list[Move]:
@@ -128,15 +128,8 @@ class Listings:
             cluster.revision, cluster.bookies, cluster.sessions, ledgers, changed, cluster.draining, busy, under_way
         )
 
-    async def _under(self, prefix: str, limit: int = PAGE_KEYS) -> AsyncIterator[KeyValue]:
-        after = ""
-        while True:
-            page = await self._store.range(prefix, after=after, limit=limit)
-            for item in page.items:
-                yield item
-            if not page.more:
-                return
-            after = page.items[-1].key
+    def _under(self, prefix: str) -> AsyncIterator[KeyValue]:
+        return listing.items(self._store, prefix)
 
 
 def _move_of(task: CopyTask) -> Move:

@@ -17,7 +17,7 @@ from collections.abc import Callable
 import structlog
 
 from magnetar.ledger.bookie_rpc import BookieRpc, ReadGroup
-from magnetar.metadata import copy_txns
+from magnetar.metadata import copy_txns, listing
 from magnetar.metadata.codec import DamagedRecord, decode_ledger
 from magnetar.metadata.copy_txns import Stored
 from magnetar.metadata.keyspace import Keyspace, UnknownKey
@@ -30,7 +30,6 @@ from magnetar.repair.throttle import Throttle
 
 BYTES_PER_S = 4 << 20
 READ_BYTES = 1 << 20
-PAGE_KEYS = 500
 FIRST_PASS_AFTER_S = 600.0
 PASS_EVERY_S = 24 * 3600.0
 RETRY_S = 30.0
@@ -97,14 +96,9 @@ class Scrubber:
         """One pass; returns how many ledgers are to be completed. Raises MetadataUnavailable, DamagedRecord."""
         findings = 0
         prefix = self._keyspace.index_prefix(self._bookie_id)
-        after = ""
-        while True:
-            page = await self._store.range(prefix, after=after, limit=PAGE_KEYS)
-            for item in page.items:
-                findings += await self._scrub_ledger(self._keyspace.parse_index(item.key)[1])
-            if not page.more:
-                return findings
-            after = page.items[-1].key
+        async for item in listing.items(self._store, prefix):
+            findings += await self._scrub_ledger(self._keyspace.parse_index(item.key)[1])
+        return findings
 
     async def _scrub_ledger(self, ledger_id: int) -> bool:
         ledger = await self._ledger(ledger_id)

@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 
 import structlog
 
+from magnetar.metadata.listing import pages
 from magnetar.metadata.store import Change, KeyValue, MetadataError, MetadataStore, Reset
 
-PAGE_KEYS = 1_000
 RETRY_S = 0.2
 """Pause after the store did not answer."""
 
@@ -54,14 +54,13 @@ class Follower:
 
     async def _list(self) -> int:
         """Returns the revision from which changes count: that of the first page, so that none is missed."""
-        page = await self._store.range(self._prefix, limit=PAGE_KEYS if self._list_keys else 1)
-        revision = page.revision
-        keys = list(page.items)
-        while self._list_keys and page.more:
-            page = await self._store.range(self._prefix, after=page.items[-1].key, limit=PAGE_KEYS)
-            keys.extend(page.items)
-        self._listed(keys if self._list_keys else ())
-        return revision
+        if not self._list_keys:
+            revision = (await self._store.range(self._prefix, limit=1)).revision
+            self._listed(())
+            return revision
+        found = [page async for page in pages(self._store, self._prefix)]
+        self._listed([item for page in found for item in page.items])
+        return found[0].revision
 
     async def _run(self, revision: int) -> None:
         while True:

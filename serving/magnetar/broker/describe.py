@@ -7,14 +7,13 @@ from collections.abc import AsyncIterator, Iterable
 from itertools import islice
 
 from magnetar.broker.shard import ServedShard
+from magnetar.metadata import listing
 from magnetar.metadata.codec import decode_ledger, decode_shard, encode_ledger
 from magnetar.metadata.keyspace import KeyKind, Keyspace
 from magnetar.metadata.records import LedgerRecord, LedgerState, Segment, ShardRecord
 from magnetar.metadata.shards import PageNotFound, ShardMetadata, ShardNotFound
 from magnetar.metadata.store import KeyValue, MetadataStore
 from magnetar.v1 import admin_pb2, metadata_pb2
-
-PAGE_KEYS = 1_000
 
 
 class Records:
@@ -24,15 +23,9 @@ class Records:
         self._store = store
         self._keyspace = keyspace
 
-    async def under(self, prefix: str, after: str = "") -> AsyncIterator[KeyValue]:
-        """All keys under the prefix, read in pages."""
-        more = True
-        while more:
-            page = await self._store.range(prefix, after=after, limit=PAGE_KEYS)
-            for item in page.items:
-                yield item
-            more = page.more
-            after = page.items[-1].key if page.items else after
+    def under(self, prefix: str, after: str = "") -> AsyncIterator[KeyValue]:
+        """All keys under the prefix."""
+        return listing.items(self._store, prefix, after=after)
 
     async def closed_ledgers(self, after: int = 0) -> AsyncIterator[LedgerRecord]:
         start = self._keyspace.ledger(after) if after else ""

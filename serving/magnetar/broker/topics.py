@@ -16,6 +16,7 @@ from magnetar.broker import layout
 from magnetar.broker.dedup import named_producer_id
 from magnetar.broker.layout import SHARDS_MAX
 from magnetar.broker.refusals import RETRY_AFTER_MS, subscription_not_found, topic_going, topic_name, topic_not_found
+from magnetar.metadata import listing
 from magnetar.metadata.codec import (
     decode_producer,
     decode_subscription,
@@ -188,13 +189,8 @@ class Topics:
 
     async def all(self) -> AsyncIterator[TopicRecord]:
         """Every topic's record, those being deleted too."""
-        last, more = "", True
-        while more:
-            page = await self._store.range(self._keyspace.topics_prefix(), after=last, limit=PAGE_KEYS)
-            for item in page.items:
-                yield decode_topic(item.value)
-            more = page.more
-            last = page.items[-1].key if page.items else last
+        async for item in listing.items(self._store, self._keyspace.topics_prefix()):
+            yield decode_topic(item.value)
 
     # --- deleting a topic: mark it, delete its shards, then what is left ---
 
@@ -415,12 +411,7 @@ class Topics:
         return unchanged(self._keyspace.topic(topic), stored.mod_revision)
 
     async def _all(self, prefix: str) -> Sequence[KeyValue]:
-        page = await self._store.range(prefix, limit=PAGE_KEYS)
-        items = [*page.items]
-        while page.more:
-            page = await self._store.range(prefix, after=items[-1].key, limit=PAGE_KEYS)
-            items.extend(page.items)
-        return items
+        return [item async for item in listing.items(self._store, prefix)]
 
 
 def other_type(topic: str, name: str, kind: SubscriptionType) -> Refused:

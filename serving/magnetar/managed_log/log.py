@@ -10,7 +10,7 @@ What it does in the metadata store goes through one OwnedShard. Without work it 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
@@ -441,16 +441,16 @@ class ManagedLog:
         return await self._trimmer.trim()
 
     def leave_bookies(self, bookies: Collection[str]) -> None:
-        """The log's open ledgers are to end if entries of theirs stand on these bookies: only closed ones are copied.
+        """The log's open ledgers are to end if they name these bookies: only closed ones are copied.
 
-        A writer replaces a member by itself, for what comes; so what counts are fragments before the last, and ledgers
-        that wait to be written to. Call it again until nothing names them.
+        A writer replaces a member by itself, if there is a spare for this ledger, and only for what comes. Call it
+        again until nothing names them.
         """
         record, ledgers = self._shard.record, self._shard.ledgers
         current = record.segments[-1].ledger_id if record.segments else 0
-        if _must_end(ledgers.get(current), bookies) or _waits_on(ledgers.get(record.next_ledger), bookies):
+        if _names(ledgers, (current, record.next_ledger), bookies):
             self._appender.end_segment()
-        if _must_end(ledgers.get(record.cursor_ledger), bookies) or _waits_on(ledgers.get(record.next_cursor), bookies):
+        if _names(ledgers, (record.cursor_ledger, record.next_cursor), bookies):
             self._cursors.roll()
 
     async def _trim_quietly(self) -> None:
@@ -604,12 +604,9 @@ async def _standing(handle: WriteHandle) -> Standing:
         return Standing.UNKNOWN
 
 
-def _must_end(ledger: LedgerRecord | None, bookies: Collection[str]) -> bool:
-    return ledger is not None and any(not set(f.bookies).isdisjoint(bookies) for f in ledger.fragments[:-1])
-
-
-def _waits_on(ledger: LedgerRecord | None, bookies: Collection[str]) -> bool:
-    return ledger is not None and not ledger.bookies().isdisjoint(bookies)
+def _names(ledgers: Mapping[int, LedgerRecord], ids: Iterable[int], bookies: Collection[str]) -> bool:
+    found = (ledgers[ledger_id] for ledger_id in ids if ledger_id in ledgers)
+    return any(not ledger.bookies().isdisjoint(bookies) for ledger in found)
 
 
 def _first_bytes(entries: list[StoredEntry], max_bytes: int) -> list[StoredEntry]:
