@@ -11,7 +11,6 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Protocol
 
@@ -36,7 +35,7 @@ from magnetar.metadata.follow import Follower
 from magnetar.metadata.keyspace import Keyspace
 from magnetar.metadata.records import BookieRegistration, BookieState
 from magnetar.metadata.store import Change, KeyValue, MetadataStore, MetadataUnavailable
-from magnetar.node.lifecycle import Stack
+from magnetar.node.lifecycle import Stack, software_version
 from magnetar.node.registration import IdInUse, Registration
 from magnetar.node.rpc import serve
 from magnetar.node.settings import BookieSettings
@@ -196,7 +195,7 @@ class Bookie:
             disk_free_bytes=self._disk.usage.free_bytes,
             disk_total_bytes=self._disk.usage.total_bytes,
             ledger_floor=self.identity.limbo_floor,
-            version=_version(),
+            version=software_version(),
             http_address=self._http_address,
         )
 
@@ -377,10 +376,3 @@ async def _open(
 async def _cancel(task: asyncio.Task[None]) -> None:
     task.cancel()
     await asyncio.wait([task])
-
-
-def _version() -> str:
-    try:
-        return version("magnetar")
-    except PackageNotFoundError:
-        return ""

@@ -79,6 +79,10 @@ class KeyKind(Enum):
     MOVES = ("moves", NAME, NUMBER)
 
 
+_KINDS_OF = {word: [kind for kind in KeyKind if kind.value[0] == word] for word in {kind.value[0] for kind in KeyKind}}
+"""By the word that its keys begin with."""
+
+
 def number(value: int) -> str:
     """The form of a number in keys; raises ValueError unless it has at most 64 bits and no sign."""
     if not 0 <= value <= NUMBER_MAX:
@@ -155,7 +159,7 @@ class Keyspace:
         """The key's kind and the values of its names and numbers; raises UnknownKey."""
         if key.startswith(self.root):
             parts = key[len(self.root) :].split("/")
-            for kind in KeyKind:
+            for kind in _KINDS_OF.get(parts[0], ()):
                 values = _match(kind, parts)
                 if values is not None:
                     return kind, values
@@ -327,7 +331,8 @@ class Keyspace:
 
     def parse_index(self, key: str) -> tuple[str, int]:
         """(bookie, ledger)"""
-        return self._names(KeyKind.INDEX, key)[0], self._numbers(KeyKind.INDEX, key)[0]
+        bookie_id, ledger_id = self._values(KeyKind.INDEX, key)
+        return str(bookie_id), int(ledger_id)
 
     # Servers.
 
@@ -392,10 +397,11 @@ def _given(*names: str) -> tuple[str, ...]:
 
 
 def _match(kind: KeyKind, parts: list[str]) -> tuple[str | int, ...] | None:
-    if len(parts) != len(kind.value):
+    shapes = kind.value
+    if len(parts) != len(shapes):
         return None
     values: list[str | int] = []
-    for shape, part in zip(kind.value, parts, strict=True):
+    for shape, part in zip(shapes, parts, strict=True):
         if shape == NAME:
             if not part:
                 return None

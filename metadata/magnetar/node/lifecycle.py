@@ -9,6 +9,8 @@ import resource
 import signal
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import structlog
@@ -105,3 +107,12 @@ async def _with_signals(main: Callable[[asyncio.Event], Coroutine[Any, Any, None
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, asked_to_stop, number)
     await main(stop)
+
+
+@cache
+def software_version() -> str:
+    """Of the installed package; empty where it runs without being installed."""
+    try:
+        return version("magnetar")
+    except PackageNotFoundError:
+        return ""

@@ -17,7 +17,6 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from typing import Self
 
 import structlog
@@ -59,6 +58,7 @@ from magnetar.metadata.keyspace import Keyspace
 from magnetar.metadata.records import BrokerRegistration, Owner, SubscriptionRecord, TopicRecord
 from magnetar.metadata.shards import ShardNotFound
 from magnetar.metadata.store import MetadataStore
+from magnetar.node.lifecycle import software_version
 from magnetar.node.rpc import (
     Context,
     Refused,
@@ -214,7 +214,8 @@ class Broker:
         self.port = self._server.port
         self.address = self.address or f"{self.settings.listen.rpartition(':')[0]}:{self.port}"
         self._mover.address = self._balancing.address = self.address
-        await self.ownership.register(BrokerRegistration(self.settings.id, self.address, _version(), http_address))
+        registration = BrokerRegistration(self.settings.id, self.address, software_version(), http_address)
+        await self.ownership.register(registration)
         await self.view.start()
         await self.topics.start()
         await self._leaving.start()
@@ -602,10 +603,3 @@ def _log_settings(settings: BrokerSettings) -> LogSettings:
         segment_s=settings.segment_s,
         retention_unsubscribed_s=settings.retention_unsubscribed_s,
     )
-
-
-def _version() -> str:
-    try:
-        return version("magnetar")
-    except PackageNotFoundError:
-        return ""

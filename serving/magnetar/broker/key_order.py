@@ -18,6 +18,9 @@ from __future__ import annotations
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from heapq import heapify, heapreplace
+from itertools import pairwise
+from operator import mul
 
 from magnetar.broker.dispatch import Consumer, CursorView, Effect, LoadedBatch, QueueDispatch, Read, Reason, Waiting
 from magnetar.broker.offset_set import CHUNK, OffsetSet, first_bit, indices, lowest
@@ -58,7 +61,11 @@ class Assignment:
     def __init__(self, first_slot: int = 0, last_slot: int = SLOTS - 1) -> None:
         self.first_slot = first_slot
         self.width = last_slot - first_slot + 1
-        self.groups: list[int | None] = [None] * min(GROUPS, self.width)
+        count = min(GROUPS, self.width)
+        # Slots outside the shard's range, which it should not have, go with its first and its last group.
+        edges = [0, *(first_slot + -(-group * self.width // count) for group in range(1, count)), SLOTS]
+        self._widths = [after - before for before, after in pairwise(edges)]
+        self.groups: list[int | None] = [None] * count
         self.index: dict[int, int] = {}
         self.consumer_at: dict[int, int] = {}
         self.table = b""
@@ -71,22 +78,25 @@ class Assignment:
         self.index[consumer] = at
         self.consumer_at[at] = consumer
         owned = self._owned()
+        donors = [(-len(groups), at, groups) for at, (other, groups) in enumerate(owned.items()) if other != consumer]
+        heapify(donors)
         for _ in range(len(self.groups) // len(self.index)):
-            donor = max(owned, key=lambda other: -1 if other == consumer else len(owned[other]))
-            group = owned[donor].pop()
-            owned[consumer].append(group)
-            self.groups[group] = consumer
+            left, at, groups = donors[0]
+            self.groups[groups.pop()] = consumer
+            heapreplace(donors, (left + 1, at, groups))
         self._rebuild()
 
     def leave(self, consumer: int) -> None:
         """Each of its groups goes to who has least."""
         del self.consumer_at[self.index.pop(consumer)]
         owned = self._owned()
-        for group in owned.pop(consumer, []):
-            heir = min(self.index, key=lambda other: (len(owned[other]), other), default=None)
-            self.groups[group] = heir
-            if heir is not None:
-                owned[heir].append(group)
+        given_up = owned.pop(consumer, [])
+        heirs = [(len(owned[other]), other) for other in self.index]
+        heapify(heirs)
+        for group in given_up:
+            self.groups[group] = heirs[0][1] if heirs else None
+            if heirs:
+                heapreplace(heirs, (heirs[0][0] + 1, heirs[0][1]))
         self._rebuild()
 
     def owner(self, slot: int) -> int | None:
@@ -99,13 +109,10 @@ class Assignment:
         return owned
 
     def _rebuild(self) -> None:
-        """Slots outside the shard's range, which it should not have, go with its first and its last group."""
         self.version += 1
-        indexes = [NOBODY if consumer is None else self.index[consumer] for consumer in self.groups]
-        count = len(indexes)
-        edges = [self.first_slot + -(-group * self.width // count) for group in range(count + 1)]
-        edges[0], edges[-1] = 0, SLOTS
-        self.table = b"".join(bytes([at]) * (edges[g + 1] - edges[g]) for g, at in enumerate(indexes))
+        byte_of: dict[int | None, bytes] = {consumer: bytes([at]) for consumer, at in self.index.items()}
+        byte_of[None] = bytes([NOBODY])
+        self.table = b"".join(map(mul, map(byte_of.__getitem__, self.groups), self._widths))
 
 
 class SlotIndex:

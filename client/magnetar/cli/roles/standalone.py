@@ -7,7 +7,6 @@ import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import structlog
@@ -151,7 +150,7 @@ async def _start(standalone: Standalone, parts: lifecycle.Stack) -> Ready:
         http_port = broker.port + 1 if standalone.port else 0
     bound_port = http.start(f"{standalone.host}:{http_port}")
     parts.push("http", http.stop)
-    log.info("standalone is ready", version=version("magnetar"), bookies=count)
+    log.info("standalone is ready", version=lifecycle.software_version(), bookies=count)
     return Ready(
         server=f"{standalone.host}:{broker.port}",
         http=f"http://{standalone.host}:{bound_port}",
