@@ -118,16 +118,19 @@ def layout_shards(draw: st.DrawFn) -> LayoutShard:
     return LayoutShard(draw(ID), first, last, draw(st.sampled_from(ShardState)), draw(tuples(U64)))
 
 
-MOVES = st.builds(Move, ID, TEXT, TEXT, U64, st.sampled_from(MoveState), TEXT)
+MOVES = st.builds(Move, ID, TEXT, TEXT, U64, st.sampled_from(MoveState), TEXT) | st.builds(
+    Move, st.just(0), TEXT, TEXT, U64, st.sampled_from(MoveState), TEXT, ID
+)
 
 
 @st.composite
 def operations(draw: st.DrawFn) -> Operation:
+    goal = draw(st.sampled_from(Goal))
     return Operation(
         operation_id=draw(NAME),
-        goal=draw(st.sampled_from(Goal)),
+        goal=goal,
         state=draw(st.sampled_from(OperationState)),
-        bytes_per_s=draw(ID),
+        bytes_per_s=0 if goal is Goal.BROKERS else draw(ID),
         revision=draw(U64),
         moves=draw(U64),
         size_bytes=draw(U64),

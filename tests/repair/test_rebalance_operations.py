@@ -25,8 +25,9 @@ from magnetar.metadata.records import (
     Operation,
     OperationState,
 )
-from magnetar.repair.operations import LOOK_MAX, PROBLEMS_MAX, Observed, RunningOperation, Step, paged, reverse
+from magnetar.repair.operations import LOOK_MAX, Observed, RunningOperation, Step
 from magnetar.repair.planner import Snapshot
+from magnetar.repair.progress import PROBLEMS_MAX, paged, reverse
 
 MIB = 1 << 20
 REVISION = 5

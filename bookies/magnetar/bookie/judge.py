@@ -327,7 +327,7 @@ def _checksum(data: bytes) -> str:
 
 @dataclass(frozen=True, slots=True)
 class ReadConditions:
-    """`limbo`: durable entries of this ledger may be missing here. `collecting`: they may go, or have gone, meanwhile."""
+    """`limbo`: durable entries of this ledger may be missing here. `collecting`: they may go, or be gone by now."""
 
     limbo: bool = False
     collecting: bool = False

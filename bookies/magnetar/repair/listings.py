@@ -21,6 +21,7 @@ from magnetar.metadata.keyspace import Keyspace
 from magnetar.metadata.records import (
     BookieRegistration,
     CopyTask,
+    Goal,
     LedgerRecord,
     Move,
     MoveState,
@@ -112,7 +113,8 @@ class Listings:
         under_way = {one.task.ledger_id: _move_of(one.task) for one in cluster.tasks if one.task.target}
         for stored in await self.operations():
             name = stored.operation.operation_id
-            if stored.operation.state in (OperationState.RUNNING, OperationState.PAUSED):
+            is_live = stored.operation.state in (OperationState.RUNNING, OperationState.PAUSED)
+            if is_live and stored.operation.goal is not Goal.BROKERS:
                 pending = [move for move in await self.moves(name) if move.state is MoveState.PENDING]
                 busy |= {move.ledger_id: f"{name} moves it" for move in pending}
                 under_way |= {move.ledger_id: move for move in pending}

@@ -19,7 +19,7 @@ from magnetar.metadata.keyspace import Keyspace
 from magnetar.metadata.records import CopyTask, Move, Operation, OperationState
 from magnetar.metadata.store import COMPARES_MAX, Compare, Delete, DeletePrefix, Put, absent, unchanged
 from magnetar.metadata.store import Operation as StoreOperation
-from magnetar.repair.operations import paged
+from magnetar.repair.progress import paged
 
 KEPT_MAX = 50
 """Operations that have ended."""

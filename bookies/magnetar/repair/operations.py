@@ -22,30 +22,20 @@ Tasks are only ever made for moves that are looked at, and moves only ever leave
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import islice
 
 from magnetar.metadata.copy_txns import Stored, StoredTask, is_claim_of
 from magnetar.metadata.records import BookieState, CopyReason, CopyTask, Move, MoveState, Operation, OperationState
 from magnetar.repair.planner import Snapshot, objection
+from magnetar.repair.progress import OperationProgress, Place
 
-MOVES_PER_PAGE = 1000
 LOOK_MAX = 64
 """Moves of one target that are looked at in a step, and so the most tasks that it can have of an operation."""
 FEED_S = 4.0
 """A target has tasks for so long: it must not run dry between two steps."""
 FEED_TASKS_MIN = 2
-RATE_WINDOW_US = 20_000_000
-HEARTBEAT_US = 2_000_000
-"""The record is stored so often at least, so that it shows that somebody runs it."""
-PROBLEMS_MAX = 8
-"""Named one by one; the rest is counted."""
-
-
-Place = tuple[int, int]
-"""Of a move: number of its page, place in it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,27 +70,20 @@ class Step:
     orphans: list[StoredTask] = field(default_factory=list)
 
 
-class RunningOperation:
+class RunningOperation(OperationProgress):
     """One operation that has not ended.
 
-    operation   as it should stand in the store; `pages` likewise, those in `changed` differ from what stands there
     _pending    of each target the places of the moves that are not done, in order
     _begun      places of moves that had a task, as last seen: what became of them is to be read
-    _rates      (time, bytes done) of the last RATE_WINDOW_US
     """
 
     def __init__(self, operation: Operation, pages: Iterable[Sequence[Move]]) -> None:
-        self.operation = operation
-        self.pages = [list(page) for page in pages]
-        self.changed: set[int] = set()
+        super().__init__(operation, pages)
         self._pending: dict[str, dict[Place, None]] = {}
-        for number, page in enumerate(self.pages):
-            for place, move in enumerate(page):
-                if move.state is MoveState.PENDING:
-                    self._pending.setdefault(move.target, {})[number, place] = None
+        for place in self.pending_places():
+            self._pending.setdefault(self.move(place).target, {})[place] = None
         # Whoever ran it before may have begun any of those that are looked at.
         self._begun = {place for places in self._looked_at().values() for place in places}
-        self._rates: deque[tuple[int, int]] = deque()
 
     def to_read(self, observed: Observed) -> list[int]:
         """The ledgers whose records the next step needs. Of `observed` all but the ledgers counts."""
@@ -109,14 +92,14 @@ class RunningOperation:
         for target, places in self._looked_at().items():
             feed = _Feed(self._feed_bytes())
             for place in places:
-                move = self._move(place)
+                move = self.move(place)
                 task = mine.get(move.ledger_id)
                 if task is not None:
                     feed.add(move.size_bytes)
-                    if self._is_running() and not _gone(target, observed):
+                    if self.is_running and not _gone(target, observed):
                         continue
                 elif place not in self._begun:
-                    if not self._is_running() or feed.is_full:
+                    if not self.is_running or feed.is_full:
                         continue
                     feed.add(move.size_bytes)
                 wanted.append(move.ledger_id)
@@ -131,13 +114,13 @@ class RunningOperation:
         problems: list[str] = []
         for target, places in self._looked_at().items():
             problems += self._look_at(target, places, mine, others, observed, step)
-            begun.update(place for place in places if self._move(place).ledger_id in mine)
+            begun.update(place for place in places if self.move(place).ledger_id in mine)
         made = {task.ledger_id for _, task in step.create}
         looked_at = [place for places in self._looked_at().values() for place in places]
-        self._begun = begun.union(place for place in looked_at if self._move(place).ledger_id in made)
-        self._keep_progress(observed, problems if self._is_running() else [])
-        if not mine and not made and (self._is_cancelled() or not any(self._pending.values())):
-            self._end(observed.now_us)
+        self._begun = begun.union(place for place in looked_at if self.move(place).ledger_id in made)
+        self.keep(observed.now_us, problems if self.is_running else [])
+        if not mine and not made and (self.is_cancelled or not any(self._pending.values())):
+            self.end(observed.now_us)
         return step
 
     def _look_at(
@@ -154,7 +137,7 @@ class RunningOperation:
         waits = _waits(target, observed)
         feed = _Feed(self._feed_bytes())
         for place in places:
-            move = self._move(place)
+            move = self.move(place)
             task = mine.get(move.ledger_id)
             if task is not None:
                 feed.add(move.size_bytes)
@@ -162,7 +145,7 @@ class RunningOperation:
                 self._look_at_task(move, task, observed, step)
             elif move.ledger_id in observed.ledgers:
                 ledger = observed.ledgers[move.ledger_id]
-                if self._settle(place, ledger, observed) or not self._is_running() or ledger is None:
+                if self._settle(place, ledger, observed) or not self.is_running or ledger is None:
                     continue
                 if move.ledger_id in others or ledger.record.copy is not None:
                     problems.append(f"ledger {move.ledger_id}: a copy of it is being made for another reason")
@@ -178,7 +161,7 @@ class RunningOperation:
         if ledger is None:
             step.orphans.append(task)
         elif (
-            self._is_cancelled()
+            self.is_cancelled
             or _gone(move.target, observed)
             or (self.operation.state is OperationState.PAUSED and not is_claim_of(ledger.record, task.task))
         ):
@@ -186,7 +169,7 @@ class RunningOperation:
 
     def _settle(self, place: Place, ledger: Stored | None, observed: Observed) -> bool:
         """Whether a move without a task is done, or cannot be made any more."""
-        move = self._move(place)
+        move = self.move(place)
         if ledger is None:
             return self._finish(place, MoveState.SKIPPED, "the ledger was trimmed or deleted")
         named = ledger.record.bookies()
@@ -220,68 +203,14 @@ class RunningOperation:
     def _looked_at(self) -> dict[str, list[Place]]:
         return {target: list(islice(places, LOOK_MAX)) for target, places in self._pending.items() if places}
 
-    def _move(self, place: Place) -> Move:
-        return self.pages[place[0]][place[1]]
-
     def _mine(self, tasks: Iterable[StoredTask]) -> dict[int, StoredTask]:
         name = self.operation.operation_id
         return {one.task.ledger_id: one for one in tasks if one.task.operation == name}
 
-    def _is_running(self) -> bool:
-        return self.operation.state is OperationState.RUNNING
-
-    def _is_cancelled(self) -> bool:
-        return self.operation.state is OperationState.CANCELLED
-
     def _finish(self, place: Place, state: MoveState, reason: str) -> bool:
-        move = self._move(place)
-        number, index = place
-        self.pages[number][index] = replace(move, state=state, reason=reason)
-        self.changed.add(number)
-        del self._pending[move.target][place]
-        operation = self.operation
-        if state is MoveState.DONE:
-            self.operation = replace(
-                operation, moves_done=operation.moves_done + 1, bytes_done=operation.bytes_done + move.size_bytes
-            )
-        else:
-            self.operation = replace(
-                operation,
-                moves_skipped=operation.moves_skipped + 1,
-                bytes_skipped=operation.bytes_skipped + move.size_bytes,
-            )
+        self.finish(place, state, reason)
+        del self._pending[self.move(place).target][place]
         return True
-
-    # Progress.
-
-    def _keep_progress(self, observed: Observed, problems: Sequence[str]) -> None:
-        now_us = observed.now_us
-        self._rates.append((now_us, self.operation.bytes_done))
-        while len(self._rates) > 2 and self._rates[1][0] <= now_us - RATE_WINDOW_US:
-            self._rates.popleft()
-        shown = _limited(problems)
-        if not self.changed and shown == self.operation.problems and now_us < self.operation.updated_us + HEARTBEAT_US:
-            return
-        (first_us, first), (last_us, last) = self._rates[0], self._rates[-1]
-        rate = (last - first) * 1_000_000 // (last_us - first_us) if last_us > first_us else self.operation.rate
-        self.operation = replace(self.operation, rate=max(0, rate), problems=shown, updated_us=now_us)
-
-    def _end(self, now_us: int) -> None:
-        state = OperationState.CANCELLED if self._is_cancelled() else OperationState.DONE
-        rate = self.operation.bytes_done * 1_000_000 // max(1, now_us - self.operation.created_us)
-        self.operation = replace(
-            self.operation, state=state, updated_us=now_us, ended_us=now_us, rate=max(0, rate), problems=()
-        )
-
-
-def reverse(moves: Iterable[Move]) -> list[Move]:
-    """The moves that take back what was done, the last one first."""
-    done = [move for move in moves if move.state is MoveState.DONE]
-    return [Move(move.ledger_id, move.target, move.source, move.size_bytes) for move in reversed(done)]
-
-
-def paged(moves: Sequence[Move]) -> list[Sequence[Move]]:
-    return [moves[start : start + MOVES_PER_PAGE] for start in range(0, len(moves), MOVES_PER_PAGE)]
 
 
 def _gone(target: str, observed: Observed) -> str:
@@ -321,9 +250,3 @@ class _Feed:
     @property
     def is_full(self) -> bool:
         return self._tasks >= FEED_TASKS_MIN and self._bytes >= self._bytes_max
-
-
-def _limited(problems: Sequence[str]) -> tuple[str, ...]:
-    if len(problems) <= PROBLEMS_MAX:
-        return tuple(problems)
-    return (*problems[:PROBLEMS_MAX], f"and {len(problems) - PROBLEMS_MAX} more like these")

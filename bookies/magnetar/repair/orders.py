@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 from magnetar.metadata.backoff import Backoff
 from magnetar.metadata.copy_txns import CopyTxn
 from magnetar.metadata.keyspace import Keyspace
-from magnetar.metadata.records import Goal, Move, Operation, OperationState
+from magnetar.metadata.records import Goal, LedgerRecord, Move, Operation, OperationState
 from magnetar.metadata.store import MetadataStore
 from magnetar.repair.listings import Listings
 from magnetar.repair.operation_txns import StoredOperation, change_operation, create_operation, next_id
-from magnetar.repair.operations import reverse
 from magnetar.repair.planner import MOVES_MAX, Plan, Snapshot, objection, objections, plan
+from magnetar.repair.progress import reverse
 
 ATTEMPTS = 20
 """Of one order, against others that change the same records."""
@@ -46,6 +46,21 @@ class Ordered:
     notes: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """An operation that is to begin, but for its moves. `mark`: the same order again is known by it."""
+
+    goal: Goal
+    revision: int
+    bytes_per_s: int
+    mark: bytes
+    rollback_of: str = ""
+
+
+Checked = tuple[Sequence[Move], tuple[str, ...]]
+"""The moves that can be made as things stand, and notes of what is left out."""
+
+
 class Orders:
     """Every call raises MetadataUnavailable when its outcome is unknown: it can be given again."""
 
@@ -71,43 +86,39 @@ class Orders:
         Raises OrderRefused for a plan that holds no more, with what has changed.
         """
         _check_rate(bytes_per_s)
-        if not moves:
-            raise OrderRefused("the plan is empty: there is nothing to apply")
-        if len(moves) > MOVES_MAX:
-            raise OrderRefused(f"a plan has at most {MOVES_MAX:,} moves moves=`{len(moves)}`")
+        check_size(moves)
 
-        def check(snapshot: Snapshot) -> tuple[Sequence[Move], tuple[str, ...]]:
-            found = objections(snapshot, moves, revision)
-            if found:
-                changed = "; ".join(found)
-                raise OrderRefused(f"the plan holds no more, plan again: {changed}")
+        async def check() -> Checked:
+            snapshot = await self._listings.snapshot()
+            check_fresh(objections(snapshot, moves, revision))
             return _sized(snapshot, moves), ()
 
-        return await self._begin(goal, revision, bytes_per_s, mark, "", check, dry_run)
+        return await self.begin(Wanted(goal, revision, bytes_per_s, mark), check, dry_run=dry_run)
 
     async def roll_back(self, operation_id: str, bytes_per_s: int, mark: bytes, *, dry_run: bool = False) -> Ordered:
         """Begins an operation that takes back what another one moved; at that one's rate if none (0) is given.
 
         Moves that cannot be taken back any more are left out, with the reason. Raises OrderRefused if it has not ended.
         """
+        operation, moves = await self.to_take_back(operation_id)
+
+        async def check() -> Checked:
+            snapshot = await self._listings.snapshot()
+            records = {record.ledger_id: record for record in snapshot.ledgers}
+            return possible(moves, lambda move: _objection_to(snapshot, records.get(move.ledger_id), move))
+
+        rate = bytes_per_s or operation.bytes_per_s
+        wanted = Wanted(operation.goal, operation.revision, rate, mark, operation_id)
+        return await self.begin(wanted, check, dry_run=dry_run)
+
+    async def to_take_back(self, operation_id: str) -> tuple[Operation, list[Move]]:
+        """An operation, and the moves that take back what it did. Raises OrderRefused if it has not ended."""
         stored = await self._existing(operation_id)
         if not stored.operation.ended_us:
             raise OrderRefused(
                 f"the operation has not ended: cancel it first, and wait for its end operation=`{operation_id}`"
             )
-        wanted = reverse(await self._listings.moves(operation_id))
-
-        def check(snapshot: Snapshot) -> tuple[Sequence[Move], tuple[str, ...]]:
-            kept, notes = _possible(snapshot, wanted)
-            if not kept:
-                raise OrderRefused(
-                    "; ".join(("there is nothing to take back", *notes)) + f" operation=`{operation_id}`"
-                )
-            return kept, notes
-
-        rate = bytes_per_s or stored.operation.bytes_per_s
-        goal, revision = stored.operation.goal, stored.operation.revision
-        return await self._begin(goal, revision, rate, mark, operation_id, check, dry_run)
+        return stored.operation, reverse(await self._listings.moves(operation_id))
 
     async def change(
         self,
@@ -123,6 +134,8 @@ class Orders:
         backoff = Backoff(self._rng)
         for _ in range(ATTEMPTS):
             stored = await self._existing(operation_id)
+            if bytes_per_s and stored.operation.goal is Goal.BROKERS:
+                raise no_throttle()
             _check_changeable(stored.operation, state)
             txn = change_operation(self._keyspace, stored, state=state, bytes_per_s=bytes_per_s)
             if dry_run or await self._send(txn):
@@ -146,33 +159,31 @@ class Orders:
             raise OrderRefused("nothing was ever rebalanced here: `magnetar rebalance plan` says what there is to do")
         return await self.operation(operations[-1].operation_id)
 
-    async def _begin(
-        self,
-        goal: Goal,
-        revision: int,
-        bytes_per_s: int,
-        mark: bytes,
-        rollback_of: str,
-        check: Callable[[Snapshot], tuple[Sequence[Move], tuple[str, ...]]],
-        dry_run: bool,
-    ) -> Ordered:
+    async def begin(self, wanted: Wanted, check: Callable[[], Awaitable[Checked]], *, dry_run: bool = False) -> Ordered:
+        """An operation of what `check` finds to be possible; it is asked again if another operation begins meanwhile.
+
+        Raises OrderRefused if it finds nothing.
+        """
         for _ in range(ATTEMPTS):
             known = await self._listings.operations()
-            mine = next((one.operation for one in known if one.operation.mark == mark), None)
+            mine = next((one.operation for one in known if one.operation.mark == wanted.mark), None)
             if mine is not None:
                 return Ordered(mine, tuple(await self._listings.moves(mine.operation_id)))
-            moves, notes = check(await self._listings.snapshot())
+            moves, notes = await check()
+            if not moves:
+                of = f" operation=`{wanted.rollback_of}`"
+                raise OrderRefused("; ".join(("there is nothing to take back", *notes)) + of)
             operation = Operation(
                 operation_id=next_id(known),
-                goal=goal,
+                goal=wanted.goal,
                 state=OperationState.RUNNING,
-                bytes_per_s=bytes_per_s,
-                revision=revision,
+                bytes_per_s=wanted.bytes_per_s,
+                revision=wanted.revision,
                 moves=len(moves),
                 size_bytes=sum(move.size_bytes for move in moves),
                 pages=0,
-                mark=mark,
-                rollback_of=rollback_of,
+                mark=wanted.mark,
+                rollback_of=wanted.rollback_of,
                 created_us=self._now_us(),
             )
             if dry_run or await self._send(create_operation(self._keyspace, operation, moves, known)):
@@ -189,6 +200,25 @@ class Orders:
 
     async def _send(self, txn: CopyTxn) -> bool:
         return (await self._store.txn(txn.compares, txn.operations)).succeeded
+
+
+def check_size(moves: Sequence[Move]) -> None:
+    if not moves:
+        raise OrderRefused("the plan is empty: there is nothing to apply")
+    if len(moves) > MOVES_MAX:
+        raise OrderRefused(f"a plan has at most {MOVES_MAX:,} moves moves=`{len(moves)}`")
+
+
+def check_fresh(objections: Sequence[str]) -> None:
+    """`objections`: what speaks against a plan now, in words."""
+    if objections:
+        raise OrderRefused(f"the plan holds no more, plan again: {'; '.join(objections)}")
+
+
+def no_throttle() -> OrderRefused:
+    return OrderRefused(
+        "shards move by hand-off, which copies no bytes: leave the throttle out; pause the operation to stop it"
+    )
 
 
 def _check_rate(bytes_per_s: int) -> None:
@@ -212,17 +242,22 @@ def _sized(snapshot: Snapshot, moves: Sequence[Move]) -> list[Move]:
     return [replace(move, size_bytes=held[move.ledger_id].get(move.source, 0)) for move in moves]
 
 
-def _possible(snapshot: Snapshot, moves: Sequence[Move]) -> tuple[list[Move], tuple[str, ...]]:
-    records = {record.ledger_id: record for record in snapshot.ledgers}
+def _objection_to(snapshot: Snapshot, record: LedgerRecord | None, move: Move) -> str:
+    if record is None:
+        return "it was trimmed or deleted"
+    busy = snapshot.busy.get(move.ledger_id, "")
+    return busy or objection(snapshot, record, move.source, move.target)
+
+
+def possible(moves: Sequence[Move], objection: Callable[[Move], str]) -> Checked:
+    """The moves that nothing speaks against, and what speaks against the others."""
     kept: list[Move] = []
     notes: list[str] = []
     for move in moves:
-        record = records.get(move.ledger_id)
-        problem = "it was trimmed or deleted" if record is None else snapshot.busy.get(move.ledger_id, "")
-        if record is not None and not problem:
-            problem = objection(snapshot, record, move.source, move.target)
+        problem = objection(move)
         if problem:
-            notes.append(f"ledger {move.ledger_id}: {problem}")
+            what = f"shard {move.shard_id}" if move.shard_id else f"ledger {move.ledger_id}"
+            notes.append(f"{what}: {problem}")
         else:
             kept.append(move)
     if len(notes) > NOTES_MAX:

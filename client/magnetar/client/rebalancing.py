@@ -1,11 +1,11 @@
-"""Rebalancing of bookies: plans, operations that carry them out, and the comparison of copies."""
+"""Rebalancing of bookies and brokers: plans, operations that carry them out, and the comparison of copies."""
 
 from __future__ import annotations
 
 import json
 import secrets
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from typing import Any, Literal
 
@@ -15,19 +15,27 @@ from magnetar.client.layouts import full_topic
 from magnetar.client.message import from_microseconds
 from magnetar.v1 import metadata_pb2, rebalance_pb2
 
-RebalanceGoal = Literal["bytes", "segments"]
+RebalanceGoal = Literal["bytes", "segments", "brokers"]
 
 THROTTLE_DEFAULT = 50_000_000
 """Bytes per second of all copies of an operation together."""
 MOVES_PAGE = 5_000
 MARK_BYTES = 16
 
-_GOALS: dict[str, metadata_pb2.Goal] = {"bytes": metadata_pb2.GOAL_BYTES, "segments": metadata_pb2.GOAL_SEGMENTS}
+_GOALS: dict[str, metadata_pb2.Goal] = {
+    "bytes": metadata_pb2.GOAL_BYTES,
+    "segments": metadata_pb2.GOAL_SEGMENTS,
+    "brokers": metadata_pb2.GOAL_BROKERS,
+}
 
 
 @dataclass(frozen=True, slots=True)
 class RebalanceMove:
-    """A ledger's copy at the bookie `source` goes to `target`. state: PENDING, DONE or SKIPPED, then with a reason."""
+    """A ledger's copy at the bookie `source` goes to `target`; or a shard goes between brokers, and `ledger` is 0.
+
+    state   PENDING, DONE or SKIPPED, then with a reason
+    load    of the shard, when it was planned, as a part of the cluster's
+    """
 
     ledger: int
     source: str
@@ -35,6 +43,8 @@ class RebalanceMove:
     bytes: int
     state: str = "PENDING"
     reason: str = ""
+    shard: int = 0
+    load: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +58,22 @@ class BookieShare:
 
 
 @dataclass(frozen=True, slots=True)
+class BrokerBalance:
+    """What a broker owns before and after a plan. Loads are parts of the cluster's; all 0.0 if it is quiet."""
+
+    broker: str
+    shards_before: int
+    shards_after: int
+    load_before: float
+    load_after: float
+
+
+@dataclass(frozen=True, slots=True)
 class RebalancePlan:
     """Moves that make a cluster even, as of a revision of its metadata. An empty one: there is nothing to do.
 
-    skew_before, skew_after   the largest distance of a bookie from its even share, as a part of it: 0 = even
+    skew_before, skew_after   the largest distance of a bookie or broker from its even share, as a part of it: 0 = even
+    bookies, brokers          one of them, as the goal says
     notes                     what the plan leaves alone, and why
     """
 
@@ -62,7 +84,12 @@ class RebalancePlan:
     skew_before: float
     skew_after: float
     bookies: tuple[BookieShare, ...] = ()
+    brokers: tuple[BrokerBalance, ...] = ()
     notes: tuple[str, ...] = ()
+
+    @property
+    def of_brokers(self) -> bool:
+        return self.goal == "brokers"
 
     def seconds_at(self, throttle: int) -> float:
         """How long it takes at so many bytes per second."""
@@ -70,7 +97,13 @@ class RebalancePlan:
 
     def as_json(self, throttle: int = THROTTLE_DEFAULT) -> dict[str, Any]:
         """The documented JSON, to be saved and given to `from_json`."""
-        moves = [{"ledger": m.ledger, "from": m.source, "to": m.target, "bytes": m.bytes} for m in self.moves]
+        moves: list[dict[str, Any]]
+        if self.of_brokers:
+            moves = [{"shard": m.shard, "from": m.source, "to": m.target, "load": m.load} for m in self.moves]
+            shares: dict[str, Any] = {"brokers": [asdict(one) for one in self.brokers]}
+        else:
+            moves = [{"ledger": m.ledger, "from": m.source, "to": m.target, "bytes": m.bytes} for m in self.moves]
+            shares = {"bookies": [asdict(one) for one in self.bookies]}
         return {
             "revision": self.revision,
             "goal": self.goal,
@@ -79,9 +112,7 @@ class RebalancePlan:
             "skew_before": self.skew_before,
             "skew_after": self.skew_after,
             "seconds_at_throttle": self.seconds_at(throttle),
-            "bookies": [
-                {"bookie": b.bookie, "before": b.before, "after": b.after, "even": b.even} for b in self.bookies
-            ],
+            **shares,
             "notes": list(self.notes),
         }
 
@@ -90,10 +121,8 @@ class RebalancePlan:
         """A saved plan. Raises InvalidArgument for what is none."""
         try:
             saved = json.loads(text)
-            moves = tuple(
-                RebalanceMove(int(m["ledger"]), str(m["from"]), str(m["to"]), int(m["bytes"])) for m in saved["moves"]
-            )
             goal, revision = str(saved["goal"]), int(saved["revision"])
+            moves = tuple(_saved_move(move, of_brokers=goal == "brokers") for move in saved["moves"])
             skews = float(saved["skew_before"]), float(saved["skew_after"])
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             what = f"it has no {error}" if isinstance(error, KeyError) else str(error)
@@ -115,12 +144,24 @@ class BookieTraffic:
 
 
 @dataclass(frozen=True, slots=True)
+class BrokerTraffic:
+    """How many shards an operation brings to a broker and takes from it, and how many of them have moved."""
+
+    broker: str
+    shards_in: int
+    shards_in_done: int
+    shards_out: int
+    shards_out_done: int
+
+
+@dataclass(frozen=True, slots=True)
 class RebalanceOperation:
     """A plan that is carried out, in the cluster: it goes on whoever crashes.
 
     state      RUNNING, PAUSED, CANCELLING (copies are taken back), CANCELLED or DONE
-    throttle   bytes per second of all its copies together
-    rate       measured in the last seconds, once it has ended on average; `eta_s` follows from it, None = unknown
+    throttle   bytes per second of all its copies together; 0 if it moves shards
+    rate       bytes or shards per second in the last seconds, on average once it has ended; `eta_s` follows from it,
+               None = unknown
     problems   why it does not go on, in words; empty while it does
     skipped    the first moves that could not be made, with their reasons
     notes      what was left out when it was ordered
@@ -147,8 +188,13 @@ class RebalanceOperation:
     updated: datetime | None
     ended: datetime | None
     bookies: tuple[BookieTraffic, ...] = ()
+    brokers: tuple[BrokerTraffic, ...] = ()
     skipped: tuple[RebalanceMove, ...] = ()
     notes: tuple[str, ...] = ()
+
+    @property
+    def of_brokers(self) -> bool:
+        return self.goal == "brokers"
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,7 +251,7 @@ class LedgerVerifier(AdminCalls):
 
 
 class Rebalance(LedgerVerifier):
-    """Moves closed segments between bookies, until each holds its even share.
+    """Moves closed segments between bookies, or shards between brokers, until each has its even share.
 
     What is ordered goes on in the cluster. All orders raise OrderRefused for what cannot be as things stand.
     """
@@ -213,27 +259,33 @@ class Rebalance(LedgerVerifier):
     async def plan(
         self, *, goal: RebalanceGoal = "bytes", max_bytes: int | None = None, topic: str | None = None
     ) -> RebalancePlan:
-        """What is to be moved now: at most `max_bytes`, and only segments of `topic` if they are given."""
+        """What is to be moved now: at most `max_bytes`, and only segments or shards of `topic` if they are given.
+
+        The goals bytes and segments are about bookies. With brokers there are no bytes to be bounded.
+        """
         request = rebalance_pb2.PlanRebalanceRequest(
             goal=_goal(goal), max_bytes=max_bytes, topic="" if topic is None else full_topic(topic)
         )
         return _plan(await self._ask("PlanRebalance", request, rebalance_pb2.PlanRebalanceResponse))
 
     async def apply(
-        self, plan: RebalancePlan, *, throttle: int = THROTTLE_DEFAULT, dry_run: bool = False
+        self, plan: RebalancePlan, *, throttle: int | None = None, dry_run: bool = False
     ) -> RebalanceOperation:
         """Begins to carry a plan out. It is refused when it holds no more, with what has changed since it was made.
 
+        throttle   bytes per second, THROTTLE_DEFAULT by default; shards move without one
         Returns the operation as it begins; it has an id, and goes on by itself.
         """
         request = rebalance_pb2.ApplyRebalanceRequest(
             revision=plan.revision,
             goal=_goal(plan.goal),
             moves=[
-                rebalance_pb2.RebalanceMove(ledger_id=m.ledger, source=m.source, target=m.target, size_bytes=m.bytes)
+                rebalance_pb2.RebalanceMove(
+                    ledger_id=m.ledger, shard_id=m.shard, source=m.source, target=m.target, size_bytes=m.bytes
+                )
                 for m in plan.moves
             ],
-            bytes_per_s=_throttle(throttle),
+            bytes_per_s=_throttle(throttle if throttle is not None or plan.of_brokers else THROTTLE_DEFAULT),
             mark=secrets.token_bytes(MARK_BYTES),
             dry_run=dry_run,
         )
@@ -275,7 +327,7 @@ class Rebalance(LedgerVerifier):
         """Begins an operation that takes back what this one moved, once it has ended; at its throttle by default."""
         request = rebalance_pb2.RollBackRebalanceRequest(
             operation_id=operation,
-            bytes_per_s=0 if throttle is None else _throttle(throttle),
+            bytes_per_s=_throttle(throttle),
             mark=secrets.token_bytes(MARK_BYTES),
             dry_run=dry_run,
         )
@@ -285,8 +337,16 @@ class Rebalance(LedgerVerifier):
     async def verify(
         self, operation: str | None = None, *, on_ledger: Callable[[LedgerVerification], None] | None = None
     ) -> RebalanceVerification:
-        """Compares all copies of every ledger that the operation moved. `on_ledger` is told of each."""
-        name = (await self.status(operation)).operation
+        """Compares all copies of every ledger that the operation moved. `on_ledger` is told of each.
+
+        Raises InvalidArgument for one that moved shards: it copied nothing.
+        """
+        wanted = await self.status(operation)
+        name = wanted.operation
+        if wanted.of_brokers:
+            raise InvalidArgument(
+                f"shards were handed over, and no bytes copied that could be compared: operation=`{name}`"
+            )
         found = RebalanceVerification(name, 0, 0, 0, 0, 0, ())
         skip, more = 0, True
         while more:
@@ -336,11 +396,13 @@ class Rebalance(LedgerVerifier):
 
 def _goal(goal: str) -> metadata_pb2.Goal:
     if goal not in _GOALS:
-        raise InvalidArgument(f"a rebalancing has a goal, {' or '.join(_GOALS)}: goal=`{goal}`")
+        raise InvalidArgument(f"a rebalancing has a goal, {', '.join(_GOALS)}: goal=`{goal}`")
     return _GOALS[goal]
 
 
-def _throttle(throttle: int) -> int:
+def _throttle(throttle: int | None) -> int:
+    if throttle is None:
+        return 0
     if throttle <= 0:
         raise InvalidArgument(
             f"a throttle is above zero bytes per second: pause the operation to stop it throttle=`{throttle}`"
@@ -362,13 +424,26 @@ def _plan(plan: rebalance_pb2.PlanRebalanceResponse) -> RebalancePlan:
         plan.skew_before,
         plan.skew_after,
         tuple(BookieShare(b.bookie_id, b.before, b.after, b.even) for b in plan.bookies),
+        tuple(
+            BrokerBalance(b.broker_id, b.shards_before, b.shards_after, b.load_before, b.load_after)
+            for b in plan.brokers
+        ),
         tuple(plan.notes),
     )
 
 
 def _move(move: rebalance_pb2.RebalanceMove) -> RebalanceMove:
     state = metadata_pb2.MoveState.Name(move.state).removeprefix("MOVE_STATE_")
-    return RebalanceMove(move.ledger_id, move.source, move.target, move.size_bytes, state, move.reason)
+    return RebalanceMove(
+        move.ledger_id, move.source, move.target, move.size_bytes, state, move.reason, move.shard_id, move.load
+    )
+
+
+def _saved_move(move: Any, *, of_brokers: bool) -> RebalanceMove:
+    source, target = str(move["from"]), str(move["to"])
+    if of_brokers:
+        return RebalanceMove(0, source, target, 0, shard=int(move["shard"]), load=float(move["load"]))
+    return RebalanceMove(int(move["ledger"]), source, target, int(move["bytes"]))
 
 
 def _described(description: rebalance_pb2.RebalanceDescription) -> RebalanceOperation:
@@ -376,8 +451,12 @@ def _described(description: rebalance_pb2.RebalanceDescription) -> RebalanceOper
         BookieTraffic(b.bookie_id, b.bytes_in, b.bytes_in_done, b.bytes_out, b.bytes_out_done)
         for b in description.bookies
     )
+    brokers = tuple(
+        BrokerTraffic(b.broker_id, b.shards_in, b.shards_in_done, b.shards_out, b.shards_out_done)
+        for b in description.brokers
+    )
     skipped = tuple(_move(move) for move in description.skipped)
-    return replace(_operation(description.operation), bookies=traffic, skipped=skipped)
+    return replace(_operation(description.operation), bookies=traffic, brokers=brokers, skipped=skipped)
 
 
 def _operation(operation: metadata_pb2.Operation) -> RebalanceOperation:
@@ -390,6 +469,8 @@ def _operation(operation: metadata_pb2.Operation) -> RebalanceOperation:
         percent = 100.0 * operation.moves_done / moves_wanted if moves_wanted else 100.0
     running = operation.state == metadata_pb2.OPERATION_STATE_RUNNING
     speed = operation.rate or (0 if operation.problems else operation.bytes_per_s)
+    of_brokers = operation.goal == metadata_pb2.GOAL_BROKERS
+    to_do = max(0, moves_wanted - operation.moves_done) if of_brokers else remaining
     return RebalanceOperation(
         operation=operation.operation_id,
         goal=_goal_name(operation.goal),
@@ -404,7 +485,7 @@ def _operation(operation: metadata_pb2.Operation) -> RebalanceOperation:
         bytes_skipped=operation.bytes_skipped,
         bytes_remaining=remaining,
         rate=operation.rate,
-        eta_s=remaining / speed if running and speed else None,
+        eta_s=to_do / speed if running and speed else None,
         problems=tuple(operation.problems),
         revision=operation.revision,
         rollback_of=operation.rollback_of,

@@ -338,10 +338,11 @@ def encode_operation(operation: Operation) -> bytes:
 def decode_operation(data: bytes) -> Operation:
     message = _parse(pb.Operation, data)
     _check(message.operation_id != "" and message.mark != b"", "Operation", "no id or mark")
-    _check(message.bytes_per_s > 0, "Operation", "rate")
+    goal = _enum(Goal, message.goal)
+    _check((message.bytes_per_s > 0) == (goal is not Goal.BROKERS), "Operation", "rate")
     return Operation(
         operation_id=message.operation_id,
-        goal=_enum(Goal, message.goal),
+        goal=goal,
         state=_enum(OperationState, message.state),
         bytes_per_s=message.bytes_per_s,
         revision=message.revision,
@@ -363,7 +364,7 @@ def decode_operation(data: bytes) -> Operation:
 
 
 def encode_moves(moves: Sequence[Move]) -> bytes:
-    """Bookies are named once: a page holds a thousand moves between a few of them."""
+    """Bookies and brokers are named once: a page holds a thousand moves between a few of them."""
     names = sorted({name for move in moves for name in (move.source, move.target)})
     places = {name: place for place, name in enumerate(names)}
     return pb.MovePage(
@@ -376,6 +377,7 @@ def encode_moves(moves: Sequence[Move]) -> bytes:
                 size_bytes=move.size_bytes,
                 state=cast("pb.MoveState", move.state.value),
                 reason=move.reason,
+                shard_id=move.shard_id,
             )
             for move in moves
         ],
@@ -389,10 +391,11 @@ def decode_moves(data: bytes) -> tuple[Move, ...]:
 
 
 def _move_from_message(message: pb.Move, names: Sequence[str]) -> Move:
-    _check(message.ledger_id > 0, "Move", "no ledger")
+    _check((message.ledger_id > 0) != (message.shard_id > 0), "Move", "neither ledger nor shard, or both")
     _check(max(message.source, message.target) < len(names), "Move", "no such bookie")
     source, target = names[message.source], names[message.target]
-    return Move(message.ledger_id, source, target, message.size_bytes, _enum(MoveState, message.state), message.reason)
+    state = _enum(MoveState, message.state)
+    return Move(message.ledger_id, source, target, message.size_bytes, state, message.reason, message.shard_id)
 
 
 # Topics, subscriptions, producers.

@@ -58,10 +58,14 @@ class CopyReason(Enum):
 
 
 class Goal(Enum):
-    """What a rebalancing makes even: the bytes that bookies hold, or the number of copies of ledgers."""
+    """What a rebalancing makes even: the bytes that bookies hold, the number of copies of ledgers, or what brokers own.
+
+    The first two move copies of ledgers, the last one hands shards over.
+    """
 
     BYTES = 1
     SEGMENTS = 2
+    BROKERS = 3
 
 
 class OperationState(Enum):
@@ -345,7 +349,10 @@ class RepairSettings:
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """A ledger's copy at `source` goes to `target`. `reason`: why it was skipped, in words."""
+    """A ledger's copy at the bookie `source` goes to `target`, or with `shard_id` a shard, between brokers.
+
+    reason   why it was skipped, in words
+    """
 
     ledger_id: int
     source: str
@@ -353,6 +360,7 @@ class Move:
     size_bytes: int
     state: MoveState = MoveState.PENDING
     reason: str = ""
+    shard_id: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -360,7 +368,7 @@ class Operation:
     """A rebalancing: what its `moves` moves in `pages` pages are to do, and how far they are.
 
     state         an operator's word, and the runner's when all is done. Nothing new begins but in RUNNING
-    bytes_per_s   of all its copies together
+    bytes_per_s   of all its copies together; 0 where none are made
     revision      of the metadata that it was planned from
     rollback_of   the operation whose moves it takes back; empty = none
     mark          random: tells whose request created it

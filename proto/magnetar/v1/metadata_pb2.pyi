@@ -47,6 +47,7 @@ class Goal(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     GOAL_UNSPECIFIED: _ClassVar[Goal]
     GOAL_BYTES: _ClassVar[Goal]
     GOAL_SEGMENTS: _ClassVar[Goal]
+    GOAL_BROKERS: _ClassVar[Goal]
 
 class OperationState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -92,6 +93,7 @@ COPY_REASON_SCRUB: CopyReason
 GOAL_UNSPECIFIED: Goal
 GOAL_BYTES: Goal
 GOAL_SEGMENTS: Goal
+GOAL_BROKERS: Goal
 OPERATION_STATE_UNSPECIFIED: OperationState
 OPERATION_STATE_RUNNING: OperationState
 OPERATION_STATE_PAUSED: OperationState
@@ -325,20 +327,22 @@ class MovePage(_message.Message):
     def __init__(self, bookies: _Optional[_Iterable[str]] = ..., moves: _Optional[_Iterable[_Union[Move, _Mapping]]] = ...) -> None: ...
 
 class Move(_message.Message):
-    __slots__ = ("ledger_id", "source", "target", "size_bytes", "state", "reason")
+    __slots__ = ("ledger_id", "source", "target", "size_bytes", "state", "reason", "shard_id")
     LEDGER_ID_FIELD_NUMBER: _ClassVar[int]
     SOURCE_FIELD_NUMBER: _ClassVar[int]
     TARGET_FIELD_NUMBER: _ClassVar[int]
     SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
+    SHARD_ID_FIELD_NUMBER: _ClassVar[int]
     ledger_id: int
     source: int
     target: int
     size_bytes: int
     state: MoveState
     reason: str
-    def __init__(self, ledger_id: _Optional[int] = ..., source: _Optional[int] = ..., target: _Optional[int] = ..., size_bytes: _Optional[int] = ..., state: _Optional[_Union[MoveState, str]] = ..., reason: _Optional[str] = ...) -> None: ...
+    shard_id: int
+    def __init__(self, ledger_id: _Optional[int] = ..., source: _Optional[int] = ..., target: _Optional[int] = ..., size_bytes: _Optional[int] = ..., state: _Optional[_Union[MoveState, str]] = ..., reason: _Optional[str] = ..., shard_id: _Optional[int] = ...) -> None: ...
 
 class LayoutShard(_message.Message):
     __slots__ = ("shard_id", "first_slot", "last_slot", "state", "parents")

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from magnetar.v1 import metadata_pb2 as magnetar_dot_v1_dot_metadata__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bmagnetar/v1/rebalance.proto\x12\x0bmagnetar.v1\x1a\x1amagnetar/v1/metadata.proto\"\x8d\x01\n\rRebalanceMove\x12\x11\n\tledger_id\x18\x01 \x01(\x04\x12\x0e\n\x06source\x18\x02 \x01(\t\x12\x0e\n\x06target\x18\x03 \x01(\t\x12\x12\n\nsize_bytes\x18\x04 \x01(\x04\x12%\n\x05state\x18\x05 \x01(\x0e\x32\x16.magnetar.v1.MoveState\x12\x0e\n\x06reason\x18\x06 \x01(\t\"M\n\x0b\x42ookieShare\x12\x11\n\tbookie_id\x18\x01 \x01(\t\x12\x0e\n\x06\x62\x65\x66ore\x18\x02 \x01(\x04\x12\r\n\x05\x61\x66ter\x18\x03 \x01(\x04\x12\x0c\n\x04\x65ven\x18\x04 \x01(\x01\"l\n\x14PlanRebalanceRequest\x12\x1f\n\x04goal\x18\x01 \x01(\x0e\x32\x11.magnetar.v1.Goal\x12\x16\n\tmax_bytes\x18\x02 \x01(\x04H\x00\x88\x01\x01\x12\r\n\x05topic\x18\x03 \x01(\tB\x0c\n\n_max_bytes\"\xd8\x01\n\x15PlanRebalanceResponse\x12\x10\n\x08revision\x18\x01 \x01(\x04\x12\x1f\n\x04goal\x18\x02 \x01(\x0e\x32\x11.magnetar.v1.Goal\x12)\n\x05moves\x18\x03 \x03(\x0b\x32\x1a.magnetar.v1.RebalanceMove\x12)\n\x07\x62ookies\x18\x04 \x03(\x0b\x32\x18.magnetar.v1.BookieShare\x12\x13\n\x0bskew_before\x18\x05 \x01(\x01\x12\x12\n\nskew_after\x18\x06 \x01(\x01\x12\r\n\x05notes\x18\x07 \x03(\t\"\xa9\x01\n\x15\x41pplyRebalanceRequest\x12\x10\n\x08revision\x18\x01 \x01(\x04\x12\x1f\n\x04goal\x18\x02 \x01(\x0e\x32\x11.magnetar.v1.Goal\x12)\n\x05moves\x18\x03 \x03(\x0b\x32\x1a.magnetar.v1.RebalanceMove\x12\x13\n\x0b\x62ytes_per_s\x18\x04 \x01(\x04\x12\x0c\n\x04mark\x18\x05 \x01(\x0c\x12\x0f\n\x07\x64ry_run\x18\x06 \x01(\x08\"]\n\x16\x41pplyRebalanceResponse\x12\x34\n\toperation\x18\x01 \x01(\x0b\x32!.magnetar.v1.RebalanceDescription\x12\r\n\x05notes\x18\x02 \x03(\t\"d\n\x18RollBackRebalanceRequest\x12\x14\n\x0coperation_id\x18\x01 \x01(\t\x12\x13\n\x0b\x62ytes_per_s\x18\x02 \x01(\x04\x12\x0c\n\x04mark\x18\x03 \x01(\x0c\x12\x0f\n\x07\x64ry_run\x18\x04 \x01(\x08\"`\n\x19RollBackRebalanceResponse\x12\x34\n\toperation\x18\x01 \x01(\x0b\x32!.magnetar.v1.RebalanceDescription\x12\r\n\x05notes\x18\x02 \x03(\t\"\x80\x01\n\x16\x43hangeRebalanceRequest\x12\x14\n\x0coperation_id\x18\x01 \x01(\t\x12*\n\x05state\x18\x02 \x01(\x0e\x32\x1b.magnetar.v1.OperationState\x12\x13\n\x0b\x62ytes_per_s\x18\x03 \x01(\x04\x12\x0f\n\x07\x64ry_run\x18\x04 \x01(\x08\"D\n\x17\x43hangeRebalanceResponse\x12)\n\toperation\x18\x01 \x01(\x0b\x32\x16.magnetar.v1.Operation\"\x17\n\x15ListRebalancesRequest\"D\n\x16ListRebalancesResponse\x12*\n\noperations\x18\x01 \x03(\x0b\x32\x16.magnetar.v1.Operation\"0\n\x18\x44\x65scribeRebalanceRequest\x12\x14\n\x0coperation_id\x18\x01 \x01(\t\"Q\n\x19\x44\x65scribeRebalanceResponse\x12\x34\n\toperation\x18\x01 \x01(\x0b\x32!.magnetar.v1.RebalanceDescription\"\x9b\x01\n\x14RebalanceDescription\x12)\n\toperation\x18\x01 \x01(\x0b\x32\x16.magnetar.v1.Operation\x12+\n\x07\x62ookies\x18\x02 \x03(\x0b\x32\x1a.magnetar.v1.BookieTraffic\x12+\n\x07skipped\x18\x03 \x03(\x0b\x32\x1a.magnetar.v1.RebalanceMove\"v\n\rBookieTraffic\x12\x11\n\tbookie_id\x18\x01 \x01(\t\x12\x10\n\x08\x62ytes_in\x18\x02 \x01(\x04\x12\x15\n\rbytes_in_done\x18\x03 \x01(\x04\x12\x11\n\tbytes_out\x18\x04 \x01(\x04\x12\x16\n\x0e\x62ytes_out_done\x18\x05 \x01(\x04\"N\n\x19ListRebalanceMovesRequest\x12\x14\n\x0coperation_id\x18\x01 \x01(\t\x12\x0c\n\x04skip\x18\x02 \x01(\r\x12\r\n\x05limit\x18\x03 \x01(\r\"U\n\x1aListRebalanceMovesResponse\x12)\n\x05moves\x18\x01 \x03(\x0b\x32\x1a.magnetar.v1.RebalanceMove\x12\x0c\n\x04more\x18\x02 \x01(\x08\"=\n\x13VerifyLedgerRequest\x12\x11\n\tledger_id\x18\x01 \x01(\x04\x12\x13\n\x0b\x66irst_entry\x18\x02 \x01(\x04\"}\n\x14VerifyLedgerResponse\x12\x12\n\nnext_entry\x18\x01 \x01(\x04\x12\x0f\n\x07\x65ntries\x18\x02 \x01(\x04\x12\x0e\n\x06\x63opies\x18\x03 \x01(\x04\x12\r\n\x05\x62ytes\x18\x04 \x01(\x04\x12\x0f\n\x07\x62ookies\x18\x05 \x03(\t\x12\x10\n\x08problems\x18\x06 \x03(\tb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bmagnetar/v1/rebalance.proto\x12\x0bmagnetar.v1\x1a\x1amagnetar/v1/metadata.proto\"\xad\x01\n\rRebalanceMove\x12\x11\n\tledger_id\x18\x01 \x01(\x04\x12\x0e\n\x06source\x18\x02 \x01(\t\x12\x0e\n\x06target\x18\x03 \x01(\t\x12\x12\n\nsize_bytes\x18\x04 \x01(\x04\x12%\n\x05state\x18\x05 \x01(\x0e\x32\x16.magnetar.v1.MoveState\x12\x0e\n\x06reason\x18\x06 \x01(\t\x12\x10\n\x08shard_id\x18\x07 \x01(\x04\x12\x0c\n\x04load\x18\x08 \x01(\x01\"M\n\x0b\x42ookieShare\x12\x11\n\tbookie_id\x18\x01 \x01(\t\x12\x0e\n\x06\x62\x65\x66ore\x18\x02 \x01(\x04\x12\r\n\x05\x61\x66ter\x18\x03 \x01(\x04\x12\x0c\n\x04\x65ven\x18\x04 \x01(\x01\"x\n\rBrokerBalance\x12\x11\n\tbroker_id\x18\x01 \x01(\t\x12\x15\n\rshards_before\x18\x02 \x01(\x04\x12\x14\n\x0cshards_after\x18\x03 \x01(\x04\x12\x13\n\x0bload_before\x18\x04 \x01(\x01\x12\x12\n\nload_after\x18\x05 \x01(\x01\"l\n\x14PlanRebalanceRequest\x12\x1f\n\x04goal\x18\x01 \x01(\x0e\x32\x11.magnetar.v1.Goal\x12\x16\n\tmax_bytes\x18\x02 \x01(\x04H\x00\x88\x01\x01\x12\r\n\x05topic\x18\x03 \x01(\tB\x0c\n\n_max_bytes\"\x85\x02\n\x15PlanRebalanceResponse\x12\x10\n\x08revision\x18\x01 \x01(\x04\x12\x1f\n\x04goal\x18\x02 \x01(\x0e\x32\x11.magnetar.v1.Goal\x12)\n\x05moves\x18\x03 \x03(\x0b\x32\x1a.magnetar.v1.RebalanceMove\x12)\n\x07\x62ookies\x18\x04 \x03(\x0b\x32\x18.magnetar.v1.BookieShare\x12\x13\n\x0bskew_before\x18\x05 \x01(\x01\x12\x12\n\nskew_after\x18\x06 \x01(\x01\x12\r\n\x05notes\x18\x07 \x03(\t\x12+\n\x07\x62rokers\x18\x08 \x03(\x0b\x32\x1a.magnetar.v1.BrokerBalance\"\xa9\x01\n\x15\x41pplyRebalanceRequest\x12\x10\n\x08revision\x18\x01 \x01(\x04\x12\x1f\n\x04goal\x18\x02 \x01(\x0e\x32\x11.magnetar.v1.Goal\x12)\n\x05moves\x18\x03 \x03(\x0b\x32\x1a.magnetar.v1.RebalanceMove\x12\x13\n\x0b\x62ytes_per_s\x18\x04 \x01(\x04\x12\x0c\n\x04mark\x18\x05 \x01(\x0c\x12\x0f\n\x07\x64ry_run\x18\x06 \x01(\x08\"]\n\x16\x41pplyRebalanceResponse\x12\x34\n\toperation\x18\x01 \x01(\x0b\x32!.magnetar.v1.RebalanceDescription\x12\r\n\x05notes\x18\x02 \x03(\t\"d\n\x18RollBackRebalanceRequest\x12\x14\n\x0coperation_id\x18\x01 \x01(\t\x12\x13\n\x0b\x62ytes_per_s\x18\x02 \x01(\x04\x12\x0c\n\x04mark\x18\x03 \x01(\x0c\x12\x0f\n\x07\x64ry_run\x18\x04 \x01(\x08\"`\n\x19RollBackRebalanceResponse\x12\x34\n\toperation\x18\x01 \x01(\x0b\x32!.magnetar.v1.RebalanceDescription\x12\r\n\x05notes\x18\x02 \x03(\t\"\x80\x01\n\x16\x43hangeRebalanceRequest\x12\x14\n\x0coperation_id\x18\x01 \x01(\t\x12*\n\x05state\x18\x02 \x01(\x0e\x32\x1b.magnetar.v1.OperationState\x12\x13\n\x0b\x62ytes_per_s\x18\x03 \x01(\x04\x12\x0f\n\x07\x64ry_run\x18\x04 \x01(\x08\"D\n\x17\x43hangeRebalanceResponse\x12)\n\toperation\x18\x01 \x01(\x0b\x32\x16.magnetar.v1.Operation\"\x17\n\x15ListRebalancesRequest\"D\n\x16ListRebalancesResponse\x12*\n\noperations\x18\x01 \x03(\x0b\x32\x16.magnetar.v1.Operation\"0\n\x18\x44\x65scribeRebalanceRequest\x12\x14\n\x0coperation_id\x18\x01 \x01(\t\"Q\n\x19\x44\x65scribeRebalanceResponse\x12\x34\n\toperation\x18\x01 \x01(\x0b\x32!.magnetar.v1.RebalanceDescription\"\xc8\x01\n\x14RebalanceDescription\x12)\n\toperation\x18\x01 \x01(\x0b\x32\x16.magnetar.v1.Operation\x12+\n\x07\x62ookies\x18\x02 \x03(\x0b\x32\x1a.magnetar.v1.BookieTraffic\x12+\n\x07skipped\x18\x03 \x03(\x0b\x32\x1a.magnetar.v1.RebalanceMove\x12+\n\x07\x62rokers\x18\x04 \x03(\x0b\x32\x1a.magnetar.v1.BrokerTraffic\"z\n\rBrokerTraffic\x12\x11\n\tbroker_id\x18\x01 \x01(\t\x12\x11\n\tshards_in\x18\x02 \x01(\x04\x12\x16\n\x0eshards_in_done\x18\x03 \x01(\x04\x12\x12\n\nshards_out\x18\x04 \x01(\x04\x12\x17\n\x0fshards_out_done\x18\x05 \x01(\x04\"v\n\rBookieTraffic\x12\x11\n\tbookie_id\x18\x01 \x01(\t\x12\x10\n\x08\x62ytes_in\x18\x02 \x01(\x04\x12\x15\n\rbytes_in_done\x18\x03 \x01(\x04\x12\x11\n\tbytes_out\x18\x04 \x01(\x04\x12\x16\n\x0e\x62ytes_out_done\x18\x05 \x01(\x04\"N\n\x19ListRebalanceMovesRequest\x12\x14\n\x0coperation_id\x18\x01 \x01(\t\x12\x0c\n\x04skip\x18\x02 \x01(\r\x12\r\n\x05limit\x18\x03 \x01(\r\"U\n\x1aListRebalanceMovesResponse\x12)\n\x05moves\x18\x01 \x03(\x0b\x32\x1a.magnetar.v1.RebalanceMove\x12\x0c\n\x04more\x18\x02 \x01(\x08\"=\n\x13VerifyLedgerRequest\x12\x11\n\tledger_id\x18\x01 \x01(\x04\x12\x13\n\x0b\x66irst_entry\x18\x02 \x01(\x04\"}\n\x14VerifyLedgerResponse\x12\x12\n\nnext_entry\x18\x01 \x01(\x04\x12\x0f\n\x07\x65ntries\x18\x02 \x01(\x04\x12\x0e\n\x06\x63opies\x18\x03 \x01(\x04\x12\r\n\x05\x62ytes\x18\x04 \x01(\x04\x12\x0f\n\x07\x62ookies\x18\x05 \x03(\t\x12\x10\n\x08problems\x18\x06 \x03(\tb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,43 +33,47 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'magnetar.v1.rebalance_pb2',
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_REBALANCEMOVE']._serialized_start=73
-  _globals['_REBALANCEMOVE']._serialized_end=214
-  _globals['_BOOKIESHARE']._serialized_start=216
-  _globals['_BOOKIESHARE']._serialized_end=293
-  _globals['_PLANREBALANCEREQUEST']._serialized_start=295
-  _globals['_PLANREBALANCEREQUEST']._serialized_end=403
-  _globals['_PLANREBALANCERESPONSE']._serialized_start=406
-  _globals['_PLANREBALANCERESPONSE']._serialized_end=622
-  _globals['_APPLYREBALANCEREQUEST']._serialized_start=625
-  _globals['_APPLYREBALANCEREQUEST']._serialized_end=794
-  _globals['_APPLYREBALANCERESPONSE']._serialized_start=796
-  _globals['_APPLYREBALANCERESPONSE']._serialized_end=889
-  _globals['_ROLLBACKREBALANCEREQUEST']._serialized_start=891
-  _globals['_ROLLBACKREBALANCEREQUEST']._serialized_end=991
-  _globals['_ROLLBACKREBALANCERESPONSE']._serialized_start=993
-  _globals['_ROLLBACKREBALANCERESPONSE']._serialized_end=1089
-  _globals['_CHANGEREBALANCEREQUEST']._serialized_start=1092
-  _globals['_CHANGEREBALANCEREQUEST']._serialized_end=1220
-  _globals['_CHANGEREBALANCERESPONSE']._serialized_start=1222
-  _globals['_CHANGEREBALANCERESPONSE']._serialized_end=1290
-  _globals['_LISTREBALANCESREQUEST']._serialized_start=1292
-  _globals['_LISTREBALANCESREQUEST']._serialized_end=1315
-  _globals['_LISTREBALANCESRESPONSE']._serialized_start=1317
-  _globals['_LISTREBALANCESRESPONSE']._serialized_end=1385
-  _globals['_DESCRIBEREBALANCEREQUEST']._serialized_start=1387
-  _globals['_DESCRIBEREBALANCEREQUEST']._serialized_end=1435
-  _globals['_DESCRIBEREBALANCERESPONSE']._serialized_start=1437
-  _globals['_DESCRIBEREBALANCERESPONSE']._serialized_end=1518
-  _globals['_REBALANCEDESCRIPTION']._serialized_start=1521
-  _globals['_REBALANCEDESCRIPTION']._serialized_end=1676
-  _globals['_BOOKIETRAFFIC']._serialized_start=1678
-  _globals['_BOOKIETRAFFIC']._serialized_end=1796
-  _globals['_LISTREBALANCEMOVESREQUEST']._serialized_start=1798
-  _globals['_LISTREBALANCEMOVESREQUEST']._serialized_end=1876
-  _globals['_LISTREBALANCEMOVESRESPONSE']._serialized_start=1878
-  _globals['_LISTREBALANCEMOVESRESPONSE']._serialized_end=1963
-  _globals['_VERIFYLEDGERREQUEST']._serialized_start=1965
-  _globals['_VERIFYLEDGERREQUEST']._serialized_end=2026
-  _globals['_VERIFYLEDGERRESPONSE']._serialized_start=2028
-  _globals['_VERIFYLEDGERRESPONSE']._serialized_end=2153
+  _globals['_REBALANCEMOVE']._serialized_end=246
+  _globals['_BOOKIESHARE']._serialized_start=248
+  _globals['_BOOKIESHARE']._serialized_end=325
+  _globals['_BROKERBALANCE']._serialized_start=327
+  _globals['_BROKERBALANCE']._serialized_end=447
+  _globals['_PLANREBALANCEREQUEST']._serialized_start=449
+  _globals['_PLANREBALANCEREQUEST']._serialized_end=557
+  _globals['_PLANREBALANCERESPONSE']._serialized_start=560
+  _globals['_PLANREBALANCERESPONSE']._serialized_end=821
+  _globals['_APPLYREBALANCEREQUEST']._serialized_start=824
+  _globals['_APPLYREBALANCEREQUEST']._serialized_end=993
+  _globals['_APPLYREBALANCERESPONSE']._serialized_start=995
+  _globals['_APPLYREBALANCERESPONSE']._serialized_end=1088
+  _globals['_ROLLBACKREBALANCEREQUEST']._serialized_start=1090
+  _globals['_ROLLBACKREBALANCEREQUEST']._serialized_end=1190
+  _globals['_ROLLBACKREBALANCERESPONSE']._serialized_start=1192
+  _globals['_ROLLBACKREBALANCERESPONSE']._serialized_end=1288
+  _globals['_CHANGEREBALANCEREQUEST']._serialized_start=1291
+  _globals['_CHANGEREBALANCEREQUEST']._serialized_end=1419
+  _globals['_CHANGEREBALANCERESPONSE']._serialized_start=1421
+  _globals['_CHANGEREBALANCERESPONSE']._serialized_end=1489
+  _globals['_LISTREBALANCESREQUEST']._serialized_start=1491
+  _globals['_LISTREBALANCESREQUEST']._serialized_end=1514
+  _globals['_LISTREBALANCESRESPONSE']._serialized_start=1516
+  _globals['_LISTREBALANCESRESPONSE']._serialized_end=1584
+  _globals['_DESCRIBEREBALANCEREQUEST']._serialized_start=1586
+  _globals['_DESCRIBEREBALANCEREQUEST']._serialized_end=1634
+  _globals['_DESCRIBEREBALANCERESPONSE']._serialized_start=1636
+  _globals['_DESCRIBEREBALANCERESPONSE']._serialized_end=1717
+  _globals['_REBALANCEDESCRIPTION']._serialized_start=1720
+  _globals['_REBALANCEDESCRIPTION']._serialized_end=1920
+  _globals['_BROKERTRAFFIC']._serialized_start=1922
+  _globals['_BROKERTRAFFIC']._serialized_end=2044
+  _globals['_BOOKIETRAFFIC']._serialized_start=2046
+  _globals['_BOOKIETRAFFIC']._serialized_end=2164
+  _globals['_LISTREBALANCEMOVESREQUEST']._serialized_start=2166
+  _globals['_LISTREBALANCEMOVESREQUEST']._serialized_end=2244
+  _globals['_LISTREBALANCEMOVESRESPONSE']._serialized_start=2246
+  _globals['_LISTREBALANCEMOVESRESPONSE']._serialized_end=2331
+  _globals['_VERIFYLEDGERREQUEST']._serialized_start=2333
+  _globals['_VERIFYLEDGERREQUEST']._serialized_end=2394
+  _globals['_VERIFYLEDGERRESPONSE']._serialized_start=2396
+  _globals['_VERIFYLEDGERRESPONSE']._serialized_end=2521
 # @@protoc_insertion_point(module_scope)

@@ -8,20 +8,24 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class RebalanceMove(_message.Message):
-    __slots__ = ("ledger_id", "source", "target", "size_bytes", "state", "reason")
+    __slots__ = ("ledger_id", "source", "target", "size_bytes", "state", "reason", "shard_id", "load")
     LEDGER_ID_FIELD_NUMBER: _ClassVar[int]
     SOURCE_FIELD_NUMBER: _ClassVar[int]
     TARGET_FIELD_NUMBER: _ClassVar[int]
     SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
+    SHARD_ID_FIELD_NUMBER: _ClassVar[int]
+    LOAD_FIELD_NUMBER: _ClassVar[int]
     ledger_id: int
     source: str
     target: str
     size_bytes: int
     state: _metadata_pb2.MoveState
     reason: str
-    def __init__(self, ledger_id: _Optional[int] = ..., source: _Optional[str] = ..., target: _Optional[str] = ..., size_bytes: _Optional[int] = ..., state: _Optional[_Union[_metadata_pb2.MoveState, str]] = ..., reason: _Optional[str] = ...) -> None: ...
+    shard_id: int
+    load: float
+    def __init__(self, ledger_id: _Optional[int] = ..., source: _Optional[str] = ..., target: _Optional[str] = ..., size_bytes: _Optional[int] = ..., state: _Optional[_Union[_metadata_pb2.MoveState, str]] = ..., reason: _Optional[str] = ..., shard_id: _Optional[int] = ..., load: _Optional[float] = ...) -> None: ...
 
 class BookieShare(_message.Message):
     __slots__ = ("bookie_id", "before", "after", "even")
@@ -35,6 +39,20 @@ class BookieShare(_message.Message):
     even: float
     def __init__(self, bookie_id: _Optional[str] = ..., before: _Optional[int] = ..., after: _Optional[int] = ..., even: _Optional[float] = ...) -> None: ...
 
+class BrokerBalance(_message.Message):
+    __slots__ = ("broker_id", "shards_before", "shards_after", "load_before", "load_after")
+    BROKER_ID_FIELD_NUMBER: _ClassVar[int]
+    SHARDS_BEFORE_FIELD_NUMBER: _ClassVar[int]
+    SHARDS_AFTER_FIELD_NUMBER: _ClassVar[int]
+    LOAD_BEFORE_FIELD_NUMBER: _ClassVar[int]
+    LOAD_AFTER_FIELD_NUMBER: _ClassVar[int]
+    broker_id: str
+    shards_before: int
+    shards_after: int
+    load_before: float
+    load_after: float
+    def __init__(self, broker_id: _Optional[str] = ..., shards_before: _Optional[int] = ..., shards_after: _Optional[int] = ..., load_before: _Optional[float] = ..., load_after: _Optional[float] = ...) -> None: ...
+
 class PlanRebalanceRequest(_message.Message):
     __slots__ = ("goal", "max_bytes", "topic")
     GOAL_FIELD_NUMBER: _ClassVar[int]
@@ -46,7 +64,7 @@ class PlanRebalanceRequest(_message.Message):
     def __init__(self, goal: _Optional[_Union[_metadata_pb2.Goal, str]] = ..., max_bytes: _Optional[int] = ..., topic: _Optional[str] = ...) -> None: ...
 
 class PlanRebalanceResponse(_message.Message):
-    __slots__ = ("revision", "goal", "moves", "bookies", "skew_before", "skew_after", "notes")
+    __slots__ = ("revision", "goal", "moves", "bookies", "skew_before", "skew_after", "notes", "brokers")
     REVISION_FIELD_NUMBER: _ClassVar[int]
     GOAL_FIELD_NUMBER: _ClassVar[int]
     MOVES_FIELD_NUMBER: _ClassVar[int]
@@ -54,6 +72,7 @@ class PlanRebalanceResponse(_message.Message):
     SKEW_BEFORE_FIELD_NUMBER: _ClassVar[int]
     SKEW_AFTER_FIELD_NUMBER: _ClassVar[int]
     NOTES_FIELD_NUMBER: _ClassVar[int]
+    BROKERS_FIELD_NUMBER: _ClassVar[int]
     revision: int
     goal: _metadata_pb2.Goal
     moves: _containers.RepeatedCompositeFieldContainer[RebalanceMove]
@@ -61,7 +80,8 @@ class PlanRebalanceResponse(_message.Message):
     skew_before: float
     skew_after: float
     notes: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, revision: _Optional[int] = ..., goal: _Optional[_Union[_metadata_pb2.Goal, str]] = ..., moves: _Optional[_Iterable[_Union[RebalanceMove, _Mapping]]] = ..., bookies: _Optional[_Iterable[_Union[BookieShare, _Mapping]]] = ..., skew_before: _Optional[float] = ..., skew_after: _Optional[float] = ..., notes: _Optional[_Iterable[str]] = ...) -> None: ...
+    brokers: _containers.RepeatedCompositeFieldContainer[BrokerBalance]
+    def __init__(self, revision: _Optional[int] = ..., goal: _Optional[_Union[_metadata_pb2.Goal, str]] = ..., moves: _Optional[_Iterable[_Union[RebalanceMove, _Mapping]]] = ..., bookies: _Optional[_Iterable[_Union[BookieShare, _Mapping]]] = ..., skew_before: _Optional[float] = ..., skew_after: _Optional[float] = ..., notes: _Optional[_Iterable[str]] = ..., brokers: _Optional[_Iterable[_Union[BrokerBalance, _Mapping]]] = ...) -> None: ...
 
 class ApplyRebalanceRequest(_message.Message):
     __slots__ = ("revision", "goal", "moves", "bytes_per_s", "mark", "dry_run")
@@ -148,14 +168,30 @@ class DescribeRebalanceResponse(_message.Message):
     def __init__(self, operation: _Optional[_Union[RebalanceDescription, _Mapping]] = ...) -> None: ...
 
 class RebalanceDescription(_message.Message):
-    __slots__ = ("operation", "bookies", "skipped")
+    __slots__ = ("operation", "bookies", "skipped", "brokers")
     OPERATION_FIELD_NUMBER: _ClassVar[int]
     BOOKIES_FIELD_NUMBER: _ClassVar[int]
     SKIPPED_FIELD_NUMBER: _ClassVar[int]
+    BROKERS_FIELD_NUMBER: _ClassVar[int]
     operation: _metadata_pb2.Operation
     bookies: _containers.RepeatedCompositeFieldContainer[BookieTraffic]
     skipped: _containers.RepeatedCompositeFieldContainer[RebalanceMove]
-    def __init__(self, operation: _Optional[_Union[_metadata_pb2.Operation, _Mapping]] = ..., bookies: _Optional[_Iterable[_Union[BookieTraffic, _Mapping]]] = ..., skipped: _Optional[_Iterable[_Union[RebalanceMove, _Mapping]]] = ...) -> None: ...
+    brokers: _containers.RepeatedCompositeFieldContainer[BrokerTraffic]
+    def __init__(self, operation: _Optional[_Union[_metadata_pb2.Operation, _Mapping]] = ..., bookies: _Optional[_Iterable[_Union[BookieTraffic, _Mapping]]] = ..., skipped: _Optional[_Iterable[_Union[RebalanceMove, _Mapping]]] = ..., brokers: _Optional[_Iterable[_Union[BrokerTraffic, _Mapping]]] = ...) -> None: ...
+
+class BrokerTraffic(_message.Message):
+    __slots__ = ("broker_id", "shards_in", "shards_in_done", "shards_out", "shards_out_done")
+    BROKER_ID_FIELD_NUMBER: _ClassVar[int]
+    SHARDS_IN_FIELD_NUMBER: _ClassVar[int]
+    SHARDS_IN_DONE_FIELD_NUMBER: _ClassVar[int]
+    SHARDS_OUT_FIELD_NUMBER: _ClassVar[int]
+    SHARDS_OUT_DONE_FIELD_NUMBER: _ClassVar[int]
+    broker_id: str
+    shards_in: int
+    shards_in_done: int
+    shards_out: int
+    shards_out_done: int
+    def __init__(self, broker_id: _Optional[str] = ..., shards_in: _Optional[int] = ..., shards_in_done: _Optional[int] = ..., shards_out: _Optional[int] = ..., shards_out_done: _Optional[int] = ...) -> None: ...
 
 class BookieTraffic(_message.Message):
     __slots__ = ("bookie_id", "bytes_in", "bytes_in_done", "bytes_out", "bytes_out_done")

@@ -1,25 +1,25 @@
-"""The part of the admin service that rebalances bookies. Any broker answers: orders stand in the metadata store.
+"""The part of the admin service that rebalances. Any broker answers: orders stand in the metadata store.
 
-Who carries an operation out is the elected auditor's process; nothing here waits for it.
+Who carries an operation out is the elected auditor's process, for brokers the elected balancer; nothing here waits for
+them.
 """
 
 from __future__ import annotations
 
-import random
 import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 
 from magnetar.broker.refusals import topic_name
+from magnetar.broker.shard_orders import ShardOrders
+from magnetar.broker.shard_planner import ShardPlan
 from magnetar.broker.topics import Topics
 from magnetar.ledger.bookie_rpc import Bookies
 from magnetar.metadata.codec import encode_operation
-from magnetar.metadata.keyspace import Keyspace
 from magnetar.metadata.records import Goal, Move, MoveState, Operation, OperationState
-from magnetar.metadata.store import MetadataStore
 from magnetar.node.rpc import Context, Refused, invalid_argument, parse
 from magnetar.repair.listings import Listings
-from magnetar.repair.orders import Ordered, OrderRefused, Orders
+from magnetar.repair.orders import Ordered, OrderRefused, Orders, no_throttle
 from magnetar.repair.planner import Plan
 from magnetar.repair.verification import Verification, verify
 from magnetar.v1 import common_pb2, metadata_pb2
@@ -40,16 +40,16 @@ class RebalanceAdmin:
     def __init__(
         self,
         topics: Topics,
-        store: MetadataStore,
-        keyspace: Keyspace,
+        orders: Orders,
+        shard_orders: ShardOrders,
         bookies: Bookies,
-        now_us: Callable[[], int],
-        rng: random.Random,
+        listings: Listings,
     ) -> None:
         self._topics = topics
         self._bookies = bookies
-        self._orders = Orders(store, keyspace, now_us=now_us, rng=rng)
-        self._listings = Listings(store, keyspace)
+        self._orders = orders
+        self._shard_orders = shard_orders
+        self._listings = listings
 
     def methods(self) -> Mapping[str, Method]:
         return {
@@ -71,29 +71,38 @@ class RebalanceAdmin:
         if request.topic:
             layout = await self._topics.get(topic_name(request.topic))
             shards = {shard.shard_id for shard in layout.shards}
+        goal = _goal(request.goal)
         max_bytes = request.max_bytes if request.HasField("max_bytes") else None
-        found = await self._orders.plan(_goal(request.goal), max_bytes=max_bytes, shards=shards)
-        return _plan(found).SerializeToString()
+        if goal is not Goal.BROKERS:
+            return _plan(await self._orders.plan(goal, max_bytes=max_bytes, shards=shards)).SerializeToString()
+        if max_bytes is not None:
+            raise OrderRefused("shards move by hand-off, which copies no bytes: leave --max-bytes out, name a --topic")
+        return _shard_plan(await self._shard_orders.plan(shards)).SerializeToString()
 
     async def apply(self, data: bytes, _context: Context) -> bytes:
         request = parse(pb.ApplyRebalanceRequest, data)
-        moves = [_move_from(move) for move in request.moves]
-        ordered = await self._orders.apply(
-            _goal(request.goal),
-            request.revision,
-            moves,
-            request.bytes_per_s,
-            _mark(request.mark),
-            dry_run=request.dry_run,
-        )
+        goal, mark, dry_run = _goal(request.goal), _mark(request.mark), request.dry_run
+        moves = [_move_from(move, goal) for move in request.moves]
+        if goal is not Goal.BROKERS:
+            rate = request.bytes_per_s
+            ordered = await self._orders.apply(goal, request.revision, moves, rate, mark, dry_run=dry_run)
+        elif request.bytes_per_s:
+            raise no_throttle()
+        else:
+            ordered = await self._shard_orders.apply(request.revision, moves, mark, dry_run=dry_run)
         response = pb.ApplyRebalanceResponse(operation=_description(ordered), notes=ordered.notes)
         return response.SerializeToString()
 
     async def roll_back(self, data: bytes, _context: Context) -> bytes:
         request = parse(pb.RollBackRebalanceRequest, data)
-        ordered = await self._orders.roll_back(
-            request.operation_id, request.bytes_per_s, _mark(request.mark), dry_run=request.dry_run
-        )
+        name, rate, mark = request.operation_id, request.bytes_per_s, _mark(request.mark)
+        goal = (await self._orders.operation(name)).operation.goal
+        if goal is not Goal.BROKERS:
+            ordered = await self._orders.roll_back(name, rate, mark, dry_run=request.dry_run)
+        elif rate:
+            raise no_throttle()
+        else:
+            ordered = await self._shard_orders.roll_back(name, mark, dry_run=request.dry_run)
         response = pb.RollBackRebalanceResponse(operation=_description(ordered), notes=ordered.notes)
         return response.SerializeToString()
 
@@ -171,7 +180,7 @@ def _goal(value: int) -> Goal:
     try:
         return Goal(value)
     except ValueError:
-        raise invalid_argument(f"a rebalancing has a goal: bytes or segments goal=`{value}`") from None
+        raise invalid_argument(f"a rebalancing has a goal: bytes, segments or brokers goal=`{value}`") from None
 
 
 def _wanted_state(value: int) -> OperationState | None:
@@ -190,10 +199,15 @@ def _mark(mark: bytes) -> bytes:
     return mark
 
 
-def _move_from(move: pb.RebalanceMove) -> Move:
-    if not move.ledger_id or not move.source or not move.target:
-        raise invalid_argument(f"a move has a ledger, a source and a target ledger=`{move.ledger_id}`")
-    return Move(move.ledger_id, move.source, move.target, move.size_bytes)
+def _move_from(move: pb.RebalanceMove, goal: Goal) -> Move:
+    ids = f"ledger=`{move.ledger_id}` shard=`{move.shard_id}`"
+    if not move.source or not move.target:
+        raise invalid_argument(f"a move has a source and a target {ids}")
+    of_shard = goal is Goal.BROKERS
+    if (move.shard_id > 0) != of_shard or (move.ledger_id > 0) == of_shard:
+        what = "shards" if of_shard else "ledgers"
+        raise invalid_argument(f"a plan with the goal {goal.name.lower()} moves {what}, and nothing else {ids}")
+    return Move(move.ledger_id, move.source, move.target, move.size_bytes, shard_id=move.shard_id)
 
 
 # Answers.
@@ -214,6 +228,30 @@ def _plan(plan: Plan) -> pb.PlanRebalanceResponse:
     )
 
 
+def _shard_plan(plan: ShardPlan) -> pb.PlanRebalanceResponse:
+    moves = [_move(move) for move in plan.moves]
+    for move in moves:
+        move.load = plan.weights.get(move.shard_id, 0.0)
+    return pb.PlanRebalanceResponse(
+        revision=plan.revision,
+        goal=metadata_pb2.GOAL_BROKERS,
+        moves=moves,
+        brokers=[
+            pb.BrokerBalance(
+                broker_id=one.broker_id,
+                shards_before=one.shards_before,
+                shards_after=one.shards_after,
+                load_before=one.load_before,
+                load_after=one.load_after,
+            )
+            for one in plan.brokers
+        ],
+        skew_before=plan.skew_before,
+        skew_after=plan.skew_after,
+        notes=plan.notes,
+    )
+
+
 def _move(move: Move) -> pb.RebalanceMove:
     return pb.RebalanceMove(
         ledger_id=move.ledger_id,
@@ -222,6 +260,7 @@ def _move(move: Move) -> pb.RebalanceMove:
         size_bytes=move.size_bytes,
         state=move.state.value,  # type: ignore[arg-type]  # same numbers
         reason=move.reason,
+        shard_id=move.shard_id,
     )
 
 
@@ -231,9 +270,11 @@ def _operation(operation: Operation) -> metadata_pb2.Operation:
 
 def _description(ordered: Ordered) -> pb.RebalanceDescription:
     skipped = [move for move in ordered.moves if move.state is MoveState.SKIPPED]
+    of_shards = ordered.operation.goal is Goal.BROKERS
     return pb.RebalanceDescription(
         operation=_operation(ordered.operation),
-        bookies=_traffic(ordered.moves),
+        bookies=() if of_shards else _traffic(ordered.moves),
+        brokers=_shard_traffic(ordered.moves) if of_shards else (),
         skipped=[_move(move) for move in skipped[:SKIPPED_SHOWN_MAX]],
     )
 
@@ -250,4 +291,19 @@ def _traffic(moves: Sequence[Move]) -> Iterable[pb.BookieTraffic]:
         bookies[move.target].bytes_in_done += done
     for name, traffic in sorted(bookies.items()):
         traffic.bookie_id = name
+        yield traffic
+
+
+def _shard_traffic(moves: Sequence[Move]) -> Iterable[pb.BrokerTraffic]:
+    brokers: defaultdict[str, pb.BrokerTraffic] = defaultdict(pb.BrokerTraffic)
+    for move in moves:
+        if move.state is MoveState.SKIPPED:
+            continue
+        done = move.state is MoveState.DONE
+        brokers[move.source].shards_out += 1
+        brokers[move.source].shards_out_done += done
+        brokers[move.target].shards_in += 1
+        brokers[move.target].shards_in_done += done
+    for name, traffic in sorted(brokers.items()):
+        traffic.broker_id = name
         yield traffic

@@ -15,7 +15,8 @@ Rules:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from magnetar.broker.loads import ShardLoad
@@ -26,6 +27,8 @@ MOVES_PER_ROUND = 2
 REST_S = 600.0
 WORTH_BYTES_PER_S = 100_000.0
 SHARDS_REMEMBERED_MAX = 10_000
+ROUNDING = 1.0 + 1e-9
+"""Sums of fractions that should be equal differ by less."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,22 +57,16 @@ class Balancer:
     def plan(self, brokers: Sequence[BrokerLoad], now_s: float) -> list[Move]:
         """The moves of this round, in order; each was counted when the next was chosen."""
         self._forget(now_s)
-        weights = _weights(brokers)
+        weights = weights_of(brokers)
         if len(brokers) < 2 or not weights:
             self.balancing = False
             return []
-        loads = {b.broker_id: sum(weights[s.shard_id] for s in b.shards) for b in brokers}
-        average = sum(loads.values()) / len(loads)
-        placed = {b.broker_id: {s.shard_id for s in b.shards} for b in brokers}
+        levels = Levels(weights, {b.broker_id: [s.shard_id for s in b.shards] for b in brokers}, resting=self.moved_s)
         moves: list[Move] = []
-        while len(moves) < MOVES_PER_ROUND and self._uneven(max(loads.values()), average):
-            move = self._next(loads, placed, weights, average)
+        while len(moves) < MOVES_PER_ROUND and self._uneven(levels):
+            move = self._next(levels)
             if move is None:
                 break
-            weight = weights[move.shard_id]
-            loads[move.source] -= weight
-            loads[move.target] += weight
-            placed[move.source].discard(move.shard_id)
             moves.append(move)
         return moves
 
@@ -77,22 +74,18 @@ class Balancer:
         """The shard rests from now on, whether the move succeeded or not."""
         self.moved_s[shard_id] = now_s
 
-    def _uneven(self, busiest: float, average: float) -> bool:
-        excess = busiest / average - 1.0
+    def _uneven(self, levels: Levels) -> bool:
+        excess = max(levels.loads.values()) / levels.average - 1.0
         self.balancing = excess > (TARGET if self.balancing else TRIGGER)
         return self.balancing
 
-    def _next(
-        self, loads: Mapping[str, float], placed: Mapping[str, set[int]], weights: Mapping[int, float], average: float
-    ) -> Move | None:
-        source = max(loads, key=lambda broker: (loads[broker], broker))
-        target = min(loads, key=lambda broker: (loads[broker], broker))
-        room = (loads[source] - loads[target]) / 2
-        fitting = [s for s in placed[source] if 0.0 < weights[s] <= room and s not in self.moved_s]
-        if not fitting:
+    def _next(self, levels: Levels) -> Move | None:
+        source, target = levels.fullest_first()[0], levels.emptiest()
+        busy, idle = levels.loads[source] / levels.average, levels.loads[target] / levels.average
+        shard_id = levels.give(source, target)
+        if shard_id is None:
             return None
-        shard_id = max(fitting, key=lambda s: (weights[s], -s))
-        busy, idle, moved = (load / average for load in (loads[source], loads[target], weights[shard_id]))
+        moved = levels.weights[shard_id] / levels.average
         reason = f"{source} has {busy:.2f} times the average load, {target} {idle:.2f}; the shard has {moved:.2f}"
         return Move(shard_id, source, target, reason)
 
@@ -102,7 +95,43 @@ class Balancer:
         self.moved_s = {shard: resting[shard] for shard in newest}
 
 
-def _weights(brokers: Iterable[BrokerLoad]) -> dict[int, float]:
+class Levels:
+    """The loads of brokers while shards are given from one to another, each once at most.
+
+    weights   of shards; one without a weight has none
+    resting   shards that count and stay
+    """
+
+    def __init__(
+        self, weights: Mapping[int, float], placed: Mapping[str, Collection[int]], resting: Collection[int] = ()
+    ) -> None:
+        self.weights = weights
+        self.loads = {broker: sum(weights.get(shard, 0.0) for shard in shards) for broker, shards in placed.items()}
+        self.average = sum(self.loads.values()) / max(1, len(self.loads))
+        self._givable = {
+            broker: sorted((weights[s], -s) for s in shards if weights.get(s, 0.0) > 0.0 and s not in resting)
+            for broker, shards in placed.items()
+        }
+
+    def fullest_first(self) -> list[str]:
+        return sorted(self.loads, key=lambda broker: (self.loads[broker], broker), reverse=True)
+
+    def emptiest(self) -> str:
+        return min(self.loads, key=lambda broker: (self.loads[broker], broker))
+
+    def give(self, source: str, target: str) -> int | None:
+        """The largest shard that fits into half the difference goes over; None if there is none."""
+        room = (self.loads[source] - self.loads[target]) / 2 * ROUNDING
+        place = bisect_right(self._givable[source], (room, 0)) - 1
+        if place < 0:
+            return None
+        weight, negative_id = self._givable[source].pop(place)
+        self.loads[source] -= weight
+        self.loads[target] += weight
+        return -negative_id
+
+
+def weights_of(brokers: Iterable[BrokerLoad]) -> dict[int, float]:
     """Each shard's share of all; nothing if there is too little to be worth a move."""
     shards = [shard for broker in brokers for shard in broker.shards]
     total_bytes = sum(shard.bytes_per_s for shard in shards)

@@ -2,6 +2,7 @@
 
 Every broker samples its loads and is a candidate. The leader asks all brokers that may have shards for theirs; if one
 does not answer, nothing moves in that round. Leadership is a hint: two leaders for a moment move shards twice as often.
+The leader also carries out what operators order (`shard_runner.py`), and balances nothing meanwhile.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from magnetar.broker.mover import MOVE_S
 from magnetar.broker.peers import ADMIN_SERVICE, Peers
 from magnetar.broker.refusals import refusal_of
 from magnetar.broker.served import ServedShards
+from magnetar.broker.shard_runner import ShardRunner
 from magnetar.metadata.election import Election
 from magnetar.metadata.store import MetadataError
 from magnetar.node.rpc import Context, Refused, parse
@@ -45,14 +47,17 @@ class Balancing:
         served: ServedShards,
         peers: Peers,
         metrics: BrokerMetrics,
-        interval_s: float,
+        runner: ShardRunner,
+        interval_s: float | None,
     ) -> None:
+        """`interval_s`: None balances nothing."""
         self.address = ""
         self._election = election
         self._view = view
         self._served = served
         self._peers = peers
         self._metrics = metrics
+        self._runner = runner
         self._interval_s = interval_s
         self._loads = Loads()
         self._balancer = Balancer()
@@ -78,42 +83,45 @@ class Balancing:
             await asyncio.sleep(SAMPLE_S)
 
     async def lead(self) -> None:
-        """Until it is cancelled: waits to be the leader, and balances while it is."""
+        """Until it is cancelled: waits to be the leader, and does what a leader does while it is."""
         try:
             while True:
                 await self._election.campaign()
                 log.info("this broker balances the cluster")
-                self._balancer = Balancer()
-                while self._election.leader:
-                    await asyncio.sleep(self._interval_s)
-                    await self.round()
+                duties = [
+                    asyncio.create_task(self._runner.run(self._election.still_leader()), name="rebalance brokers"),
+                    asyncio.create_task(self._balance(), name="balance"),
+                ]
+                try:
+                    await self._election.wait_lost()
+                finally:
+                    for duty in duties:
+                        duty.cancel()
+                    await asyncio.gather(*duties, return_exceptions=True)
         finally:
             with suppress(MetadataError, TimeoutError):
                 async with asyncio.timeout(RESIGN_S):
                     await self._election.resign()
 
+    async def _balance(self) -> None:
+        """Until it is cancelled."""
+        self._balancer = Balancer()
+        while self._interval_s is not None:
+            await asyncio.sleep(self._interval_s)
+            if not self._runner.at_work:
+                await self.round()
+
     async def round(self) -> None:
         """Moves what this round's loads ask for, one after the other."""
         try:
-            moves = self._balancer.plan(await self._measured(), asyncio.get_running_loop().time())
+            loads = await measured_loads(self._view, self._peers)
         except Refused as refused:
             log.info("loads are not known: nothing moves", problem=refused.message)
             return
-        for move in moves:
+        for move in self._balancer.plan(loads, asyncio.get_running_loop().time()):
             if not self._election.leader:
                 return
             await self._move(move)
-
-    async def _measured(self) -> list[BrokerLoad]:
-        """Raises Refused if a broker does not tell."""
-        brokers = [b for b in self._view.brokers() if not b.leaving and not self._view.drained(b.owner.broker_id)]
-        return list(await asyncio.gather(*map(self._reported, sorted(brokers, key=lambda b: b.owner.broker_id))))
-
-    async def _reported(self, broker: LiveBroker) -> BrokerLoad:
-        method = ADMIN_SERVICE + "ReportLoads"
-        answer = await self._peers.call(broker.address, method, pb.ReportLoadsRequest(), pb.ReportLoadsResponse)
-        loads = (ShardLoad(load.shard_id, load.bytes_per_s, load.messages_per_s) for load in answer.loads)
-        return BrokerLoad(broker.owner.broker_id, tuple(loads))
 
     async def _move(self, move: Move) -> None:
         log.info("balancing", shard=move.shard_id, source=move.source, target=move.target, reason=move.reason)
@@ -129,3 +137,17 @@ class Balancing:
             log.warning("shard was not moved", shard=move.shard_id, target=move.target, problem=str(error))
         else:
             self._metrics.balancer_moves.labels("done").inc()
+
+
+async def measured_loads(view: ClusterView, peers: Peers) -> list[BrokerLoad]:
+    """Of all brokers that may have shards. Raises Refused if one does not tell."""
+    brokers = [b for b in view.brokers() if not b.leaving and not view.drained(b.owner.broker_id)]
+    ordered = sorted(brokers, key=lambda b: b.owner.broker_id)
+    return list(await asyncio.gather(*(_reported(peers, broker) for broker in ordered)))
+
+
+async def _reported(peers: Peers, broker: LiveBroker) -> BrokerLoad:
+    method = ADMIN_SERVICE + "ReportLoads"
+    answer = await peers.call(broker.address, method, pb.ReportLoadsRequest(), pb.ReportLoadsResponse)
+    loads = (ShardLoad(load.shard_id, load.bytes_per_s, load.messages_per_s) for load in answer.loads)
+    return BrokerLoad(broker.owner.broker_id, tuple(loads))

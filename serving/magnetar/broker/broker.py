@@ -44,6 +44,8 @@ from magnetar.broker.refusals import RETRY_AFTER_MS, not_owner, refusal_of
 from magnetar.broker.resolve import Resolver
 from magnetar.broker.served import LogParts, ServedShards
 from magnetar.broker.shard import ServedShard
+from magnetar.broker.shard_orders import ShardOrders
+from magnetar.broker.shard_runner import ShardRunner
 from magnetar.broker.takeovers import Takeovers
 from magnetar.broker.topics import Topics
 from magnetar.ledger.bookie_rpc import Bookies
@@ -71,6 +73,8 @@ from magnetar.node.rpc import (
     unavailable,
 )
 from magnetar.node.settings import BrokerSettings
+from magnetar.repair.listings import Listings
+from magnetar.repair.orders import Orders
 from magnetar.v1 import admin_pb2, broker_pb2, common_pb2
 
 FORGET_INTERVAL_S = 60.0
@@ -174,11 +178,13 @@ class Broker:
         self._resolver = Resolver(self.topics, self.ownership, self._owner_address, self._broker_addresses)
         self.peers = peers
         self._members = Members(store, keyspace)
-        self._make_movers(store, keyspace, rng)
+        self._make_movers(store, keyspace, now_us, rng)
         self._storage = StorageAdmin(store, keyspace, settings.write_quorum, now_us)
         self._leaving = LeavingBookies(store, keyspace)
         self._admin = Admin(self, store, keyspace, bookies, now_us, rng)
-        self._rebalance_admin = RebalanceAdmin(self.topics, store, keyspace, bookies, now_us, rng)
+        orders = Orders(store, keyspace, now_us=now_us, rng=rng)
+        shard_orders = ShardOrders(store, keyspace, orders, self.view, self.peers)
+        self._rebalance_admin = RebalanceAdmin(self.topics, orders, shard_orders, bookies, Listings(store, keyspace))
         self._openings = itertools.count(1)
         self._streams = 0
         self._going: dict[str, None] = {}
@@ -187,7 +193,9 @@ class Broker:
         self._server: Server | None = None
         self._serving = False
 
-    def _make_movers(self, store: MetadataStore, keyspace: Keyspace, rng: random.Random) -> None:
+    def _make_movers(
+        self, store: MetadataStore, keyspace: Keyspace, now_us: Callable[[], int], rng: random.Random
+    ) -> None:
         """What moves shards between brokers, and why: because it is asked to, to be drained, to balance."""
         settings, view, served = self.settings, self.view, self.served
         self._mover = Mover(
@@ -203,8 +211,9 @@ class Broker:
         )
         self._drainer = Drainer(settings.id, self.ownership, view, served, self._mover, rng)
         election = Election(store, keyspace, ELECTION, settings.id, lease_s=settings.lease_s, rng=rng)
-        interval_s = settings.balance_interval_s
-        self._balancing = Balancing(election, view, served, self.peers, self.metrics, interval_s)
+        self._shard_runner = ShardRunner(store, keyspace, view, self.peers, self.metrics, now_us)
+        interval_s = settings.balance_interval_s if settings.balance else None
+        self._balancing = Balancing(election, view, served, self.peers, self.metrics, self._shard_runner, interval_s)
 
     # --- start and stop ---
 
@@ -213,7 +222,7 @@ class Broker:
         self._server = await self._serve(self._services(), self.settings.listen)
         self.port = self._server.port
         self.address = self.address or f"{self.settings.listen.rpartition(':')[0]}:{self.port}"
-        self._mover.address = self._balancing.address = self.address
+        self._mover.address = self._balancing.address = self._shard_runner.address = self.address
         registration = BrokerRegistration(self.settings.id, self.address, software_version(), http_address)
         await self.ownership.register(registration)
         await self.view.start()
@@ -226,8 +235,7 @@ class Broker:
         self._spawn(self._sweep_loop, "sweep")
         self._spawn(self._drainer.run, "drain")
         self._spawn(self._balancing.measure, "measure loads")
-        if self.settings.balance:
-            self._spawn(self._balancing.lead, "balance")
+        self._spawn(self._balancing.lead, "balance")
         log.info("broker serves", broker=self.settings.id, address=self.address)
 
     async def stop(self) -> None:

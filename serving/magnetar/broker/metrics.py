@@ -51,6 +51,12 @@ class BrokerMetrics:
             ("outcome",),
             registry=registry,
         )
+        self.rebalance_remaining = gauge(
+            "rebalance_remaining_shards", "Shards that a rebalancing has still to move, while it is run here"
+        )
+        self.rebalance_problems = gauge(
+            "rebalance_problems", "Reasons why a rebalancing that is run here does not go on"
+        )
         self.pending_bytes = gauge("pending_bytes", "Bytes of batches accepted and not yet stored")
         self.served_shards = gauge("served_shards", "Shards open here")
         self.streams = gauge("streams", "Open streams of clients", ("kind",))
