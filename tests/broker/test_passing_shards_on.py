@@ -11,7 +11,7 @@ import pytest
 from broker_world import KEYSPACE, TOPIC, Calls, Cluster, ProduceClient, batch, eventually, refusal
 from consume_world import QUEUE, STREAM, ConsumeClient
 
-from magnetar.broker import mover
+from magnetar.broker import balancing, mover
 from magnetar.broker.balancer import BrokerLoad
 from magnetar.broker.broker import Broker
 from magnetar.broker.hand_off import Expectation, Source, Step
@@ -370,12 +370,12 @@ async def test_the_elected_broker_moves_a_busy_shard_and_a_failed_move_is_no_err
     loads = dict.fromkeys(list(pair.slots)[:4], 100000.0)
     moved: list[int] = []
 
-    async def report(broker: Any) -> BrokerLoad:
+    async def report(peers: Any, broker: Any) -> BrokerLoad:
         served = {shard.shard_id for shard in (a if broker.owner.broker_id == "a" else b).served}
         mine = (ShardLoad(shard, load, 100.0) for shard, load in loads.items() if shard in served)
         return BrokerLoad(broker.owner.broker_id, tuple(mine))
 
-    monkeypatch.setattr(leader._balancing, "_reported", report)
+    monkeypatch.setattr(balancing, "_reported", report)
     await leader._balancing.round()
     moved = [shard.shard_id for shard in b.served]
     assert sorted(moved) == list(loads)[:2]
@@ -386,11 +386,11 @@ async def test_the_elected_broker_moves_a_busy_shard_and_a_failed_move_is_no_err
     loads.clear()
     loads.update(dict.fromkeys(range(9001, 9005), 100_000.0))
 
-    async def wrong(broker: Any) -> BrokerLoad:
+    async def wrong(peers: Any, broker: Any) -> BrokerLoad:
         mine = loads if broker.owner.broker_id == "a" else {}
         return BrokerLoad(broker.owner.broker_id, tuple(ShardLoad(s, load, 100.0) for s, load in mine.items()))
 
-    monkeypatch.setattr(leader._balancing, "_reported", wrong)
+    monkeypatch.setattr(balancing, "_reported", wrong)
     await leader._balancing.round()
     assert leader.metrics.balancer_moves.labels("failed")._value.get() == 2
 
