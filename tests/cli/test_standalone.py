@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 import signal
 import socket
@@ -196,3 +197,17 @@ def test_without_the_server_packages_the_command_says_what_to_install() -> None:
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert ran.returncode == 1
     assert ran.stderr == ("magnetar: the server is not installed: pip install 'magnetar[server]' missing=`structlog`\n")
+
+
+def test_a_standalone_whose_metadata_database_failed_ends_so_that_it_is_started_again(
+    magnetar: Any, start: Start, tmp_path: Path
+) -> None:
+    server, where = start(tmp_path)
+    # Its disk takes nothing more.
+    resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (0, 0))
+    assert magnetar.call("topics", "create", "t", "--server", where["server"], "--timeout", 2).code
+    ended = server.end(None)
+    assert ended.code == 1
+    assert ended.err.splitlines()[-1].startswith("magnetar: the metadata database failed and must be opened again: ")
+    _, where = start(tmp_path)
+    assert magnetar.call("topics", "create", "t", "--server", where["server"]).code == 0

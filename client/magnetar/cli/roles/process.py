@@ -94,10 +94,10 @@ def run_role(
     async def main(stop: asyncio.Event) -> None:
         parts = lifecycle.Stack()
         try:
-            ready = await _unless_stopped(start(parts), stop)
+            ready = await unless_stopped(start(parts), stop)
             if ready is not None:
                 on_ready(ready)
-                broken = await _unless_stopped(until_broken(), stop)
+                broken = await unless_stopped(until_broken(), stop)
                 if broken is not None:
                     raise RoleRefused(broken)
         except expected as refusal:
@@ -108,7 +108,7 @@ def run_role(
     lifecycle.run(main)
 
 
-async def _unless_stopped(work: Coroutine[Any, Any, T], stop: asyncio.Event) -> T | None:
+async def unless_stopped(work: Coroutine[Any, Any, T], stop: asyncio.Event) -> T | None:
     """What it returns; None if the process was asked to stop before."""
     working = asyncio.create_task(work, name="start or run")
     stopping = asyncio.create_task(stop.wait(), name="stop asked for")

@@ -15,6 +15,7 @@ from prometheus_client import CollectorRegistry
 from magnetar.bookie.bookie import Bookie
 from magnetar.bookie.cookies import BookieRefusal, repair_identity
 from magnetar.broker.broker import Broker
+from magnetar.cli.roles.process import unless_stopped
 from magnetar.ledger.bookie_directory import BookieDirectory
 from magnetar.ledger.bookie_rpc import BookieRpc
 from magnetar.metadata.codec import DamagedRecord
@@ -76,33 +77,43 @@ class Ready:
 
 
 def run_standalone(standalone: Standalone, on_ready: Callable[[Ready], None]) -> None:
-    """Runs until SIGINT or SIGTERM. Raises StandaloneRefused, with everything stopped, when it cannot start."""
+    """Runs until SIGINT or SIGTERM.
+
+    Raises StandaloneRefused, with everything stopped, when it cannot start, or when its metadata database failed: it
+    must be opened again then.
+    """
     configure_logging(os.environ.get("MAGNETAR_LOG", "warning"))
 
     async def main(stop: asyncio.Event) -> None:
         parts = lifecycle.Stack()
         try:
-            on_ready(await _start(standalone, parts))
-            await stop.wait()
+            store = await _open_store(standalone.data_dir, parts)
+            on_ready(await _start(standalone, store, parts))
+            broken = await unless_stopped(store.engine.until_broken(), stop)
+            if broken is not None:
+                raise StandaloneRefused(broken)
         except REFUSALS as refusal:
             raise StandaloneRefused(str(refusal)) from None
         except OSError as error:
             reason = (error.strerror or str(error)).lower()
             raise StandaloneRefused(f"cannot use {standalone.data_dir}: {reason}; choose another --data-dir") from None
         finally:
-            await parts.close()
+            await parts.close_in_time()
 
     lifecycle.run(main)
 
 
-async def _start(standalone: Standalone, parts: lifecycle.Stack) -> Ready:
-    data_dir = standalone.data_dir
-    data_dir.mkdir(parents=True, exist_ok=True)
-    registry = new_registry()
-
+async def _open_store(data_dir: Path, parts: lifecycle.Stack) -> SqliteStore:
+    data_dir.mkdir(parents=True, exist_ok=True)  # noqa: ASYNC240  # before anything else runs
     # The lock on the metadata file keeps a second process out, so every lease in it belonged to a dead one.
     store = await SqliteStore.open(data_dir / "metadata.sqlite", drop_leases=True)
     parts.push("metadata", store.close)
+    return store
+
+
+async def _start(standalone: Standalone, store: SqliteStore, parts: lifecycle.Stack) -> Ready:
+    data_dir = standalone.data_dir
+    registry = new_registry()
     keyspace = Keyspace(CLUSTER)
     if standalone.repair_bookie is not None and not await repair_identity(store, keyspace, standalone.repair_bookie):
         raise StandaloneRefused(f"there is no bookie {standalone.repair_bookie} to repair: see magnetar cluster health")
