@@ -65,8 +65,8 @@ async def _read_everything(world: World, oracle: Oracle) -> None:
     async with world.client(world.clients["verifier"]) as client:
         ends = {topic: await _read(client, oracle, topic) for topic in (KEPT, TRIMMED)}
         check_stored(oracle, ends)
-        for subscription in oracle.subscriptions.values():
-            await _drain(client, oracle, subscription, ends[subscription.topic])
+        drains = [_drain(client, oracle, each, ends[each.topic]) for each in oracle.subscriptions.values()]
+        await asyncio.gather(*drains)
 
 
 async def _read(client: Client, oracle: Oracle, topic: str) -> dict[int, tuple[int, int]]:

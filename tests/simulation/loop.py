@@ -10,18 +10,20 @@ Rules:
    neither do its `finally` blocks; those of a paused one wait.
 4. There are no threads: what is given to an executor runs at once, in the loop.
 
-Futures and tasks are hashed by the order in which they were made: what iterates over sets of them is repeatable.
+Tasks are hashed by the order in which they were made, futures by that of being hashed first: what iterates over sets of
+them is repeatable.
 """
 
 from __future__ import annotations
 
 import asyncio
-import heapq
 import random
 from asyncio import events
 from collections import deque
 from collections.abc import Callable, Coroutine, Generator
 from contextvars import Context, ContextVar, copy_context
+from functools import partial
+from heapq import heappop, heappush
 from typing import Any, TypeVar
 
 TURN_S = 0.000_02
@@ -88,12 +90,14 @@ class Callback:
 
 
 class SimulatedFuture(asyncio.Future[T]):
-    __slots__ = ("serial",)
-
-    serial: int
+    __slots__ = ("_serial",)
 
     def __hash__(self) -> int:
-        return self.serial
+        try:
+            return self._serial
+        except AttributeError:
+            self._serial = self.get_loop().next_serial()
+            return self._serial
 
 
 class SimulatedTask(asyncio.Task[T]):
@@ -120,6 +124,7 @@ class SimulatedLoop(asyncio.AbstractEventLoop):
         self._finished = False
         self._failure: BaseException | None = None
         self.turns = 0
+        self.create_future = partial(SimulatedFuture, loop=self)
         self.outside = Process("world")
         """The process of whatever was not started in another one."""
 
@@ -128,8 +133,8 @@ class SimulatedLoop(asyncio.AbstractEventLoop):
     def time(self) -> float:
         return self._now
 
-    def get_debug(self) -> bool:
-        return False
+    get_debug = staticmethod(bool)
+    """False, at once: every future and task asks."""
 
     def is_running(self) -> bool:
         return self._running
@@ -154,7 +159,7 @@ class SimulatedLoop(asyncio.AbstractEventLoop):
             context = copy_context()
         handle = Callback(callback, args, context, context.get(PROCESS, self.outside), when)
         self._serial += 1
-        heapq.heappush(self._timers, (when, self._serial, handle))
+        heappush(self._timers, (when, self._serial, handle))
         return handle
 
     def call_later(self, delay: float, callback: Callable[..., Any], *args: Any, context: Context | None = None) -> Any:
@@ -163,11 +168,9 @@ class SimulatedLoop(asyncio.AbstractEventLoop):
     def call_soon_threadsafe(self, callback: Callable[..., Any], *args: Any, context: Context | None = None) -> Any:
         return self.call_soon(callback, *args, context=context)
 
-    def create_future(self) -> asyncio.Future[Any]:
-        future: SimulatedFuture[Any] = SimulatedFuture(loop=self)
+    def next_serial(self) -> int:
         self._serial += 1
-        future.serial = self._serial
-        return future
+        return self._serial
 
     def create_task(
         self,
@@ -177,9 +180,8 @@ class SimulatedLoop(asyncio.AbstractEventLoop):
         context: Context | None = None,
     ) -> asyncio.Task[T]:
         # Hashed by asyncio already while it is made: the number comes first.
-        self._serial += 1
         task: SimulatedTask[T] = SimulatedTask.__new__(SimulatedTask)
-        task.serial = self._serial
+        task.serial = self.next_serial()
         task.process = (context or copy_context()).get(PROCESS, self.outside)
         task.__init__(coro, loop=self, name=name, context=context)  # type: ignore[misc]
         return task
@@ -235,8 +237,7 @@ class SimulatedLoop(asyncio.AbstractEventLoop):
         before = events._get_running_loop()
         events._set_running_loop(self)
         try:
-            while not self._finished:
-                self._step()
+            self._turn()
         finally:
             events._set_running_loop(before)
             self._running = False
@@ -255,36 +256,35 @@ class SimulatedLoop(asyncio.AbstractEventLoop):
     def _stop(self, _task: asyncio.Task[Any]) -> None:
         self._finished = True
 
-    def _step(self) -> None:
-        """Lets time pass if nothing is ready; then one process runs some of its callbacks."""
-        timers, runnable = self._timers, self._runnable
-        if not runnable:
-            self._now = max(self._now, self._next_timer())
-        while timers and timers[0][0] <= self._now:
-            self._due(heapq.heappop(timers)[2])
-        if not runnable:
-            return
-        index = int(self._random() * len(runnable)) if len(runnable) > 1 else 0
-        process = runnable[index]
-        count = 1 + int(self._random() * TURNS_MAX)
-        ready = process.ready
-        count = min(count, len(ready))
-        self.turns += count
-        if self.turns > TURNS_PER_RUN_MAX:
-            raise Stuck(f"more than {TURNS_PER_RUN_MAX} callbacks ran: process=`{process.name}`")
-        while ready and count and not self._finished:
-            count -= 1
-            handle = ready.popleft()
-            callback = handle._callback
-            if callback is not None:
-                self._now += TURN_S
-                try:
-                    handle._context.run(callback, *handle._args)
-                except Exception as error:
-                    self.call_exception_handler({"message": f"a callback failed: {callback!r}", "exception": error})
-        if not ready and process.waiting:
-            process.waiting = False
-            runnable.remove(process)
+    def _turn(self) -> None:
+        """Again and again lets time pass if nothing is ready; then one process runs some of its callbacks."""
+        timers, runnable, chance = self._timers, self._runnable, self._random
+        while not self._finished:
+            if not runnable:
+                self._now = max(self._now, self._next_timer())
+            while timers and timers[0][0] <= self._now:
+                self._due(heappop(timers)[2])
+            if not runnable:
+                continue
+            process = runnable[int(chance() * len(runnable))] if len(runnable) > 1 else runnable[0]
+            ready = process.ready
+            for _ in range(min(1 + int(chance() * TURNS_MAX), len(ready))):
+                if not ready or self._finished:
+                    break
+                self.turns += 1
+                handle = ready.popleft()
+                callback = handle._callback
+                if callback is not None:
+                    self._now += TURN_S
+                    try:
+                        handle._context.run(callback, *handle._args)
+                    except Exception as error:
+                        self.call_exception_handler({"message": f"a callback failed: {callback!r}", "exception": error})
+            if not ready and process.waiting:
+                process.waiting = False
+                runnable.remove(process)
+            if self.turns > TURNS_PER_RUN_MAX:
+                raise Stuck(f"more than {TURNS_PER_RUN_MAX} callbacks ran: process=`{process.name}`")
 
     def _next_timer(self) -> float:
         timers = self._timers
@@ -292,7 +292,7 @@ class SimulatedLoop(asyncio.AbstractEventLoop):
             when, _, handle = timers[0]
             if handle._callback is not None and handle.process.alive:
                 return when
-            heapq.heappop(timers)
+            heappop(timers)
         raise Stuck("nothing is ready and no timer is set")
 
     def _due(self, handle: Callback) -> None:

@@ -136,12 +136,16 @@ class SimulatedMetadata:
             note(self._process.name, name, what, "lost before it arrived")
         else:
             self._network.post(self._process.name, server.process, self._arrived, name, what, work, answer)
+        deadline = self._network.loop.call_later(CALL_S, self._no_answer, name, what, answer)
         try:
-            async with asyncio.timeout(CALL_S):
-                return await answer
-        except TimeoutError:
-            note(self._process.name, name, what, "no answer")
-            raise MetadataUnavailable(f"the metadata store did not answer: call=`{name}` key=`{what}`") from None
+            return await answer
+        finally:
+            deadline.cancel()
+
+    def _no_answer(self, name: str, what: object, answer: asyncio.Future[Any]) -> None:
+        self._network.transcript.note(self._process.name, name, what, "no answer")
+        error = MetadataUnavailable(f"the metadata store did not answer: call=`{name}` key=`{what}`")
+        _complete(answer, None, error)
 
     def _arrived(
         self, name: str, what: object, work: Callable[[], Coroutine[Any, Any, T]], answer: asyncio.Future[T]

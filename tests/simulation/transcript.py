@@ -22,10 +22,7 @@ class Transcript:
         return len(self._lines)
 
     def digest(self) -> str:
-        hashed = hashlib.sha256()
-        for line in self._lines:
-            hashed.update(repr(line).encode())
-        return hashed.hexdigest()[:16]
+        return hashlib.sha256(repr(self._lines).encode()).hexdigest()[:16]
 
     def tail(self, lines: int = TAIL_LINES) -> str:
         return "\n".join(_line(line) for line in self._lines[-lines:])

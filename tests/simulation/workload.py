@@ -512,8 +512,9 @@ class Administering:
 
 
 def place_of(message: Message) -> tuple[int, int]:
-    assert message.id.offset is not None
-    return message.id.shard, message.id.offset
+    identity = message.id
+    assert identity.offset is not None
+    return identity.shard, identity.offset
 
 
 def check_dense(oracle: Oracle, following: dict[int, int], shard: int, offset: int) -> None:
