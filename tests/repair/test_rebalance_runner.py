@@ -271,3 +271,12 @@ async def test_operations_that_ended_long_ago_are_forgotten(
     names = [operation.operation_id for operation in await cluster.orders.operations()]
     assert names == ["rebalance-3", "rebalance-4"]
     assert not (await cluster.world.store.range(cluster.world.keyspace.moves_prefix("rebalance-1"))).items
+
+
+async def test_the_newest_operation_is_the_one_that_was_begun_last_whatever_clocks_say(cluster: Rebalanced) -> None:
+    await cluster.begin()
+    await cluster.until_ended()
+    store, keyspace = cluster.world.store, cluster.world.keyspace
+    slow = Orders(store, keyspace, now_us=lambda: cluster.now_us() - 3_600_000_000, rng=random.Random(8))
+    await slow.roll_back("rebalance-1", 0, b"2")
+    assert (await cluster.orders.newest()).operation.operation_id == "rebalance-2"
