@@ -31,6 +31,7 @@ from magnetar.metadata.records import CopyClaim
 from magnetar.metadata.shards import ShardMetadata
 from magnetar.metadata.store import MetadataUnavailable, Put
 from magnetar.repair import runner
+from magnetar.repair.operation_txns import StoredOperation
 from magnetar.repair.operations import RunningOperation
 from magnetar.repair.replicator import Replicator
 
@@ -215,8 +216,8 @@ def cancelled_rebalancing_that_forgets_late_moves() -> None:
 
 
 def tasks_of_a_cancelled_rebalancing() -> None:
-    """Who runs it compares that it is elected, not that the operation still stands as it was read."""
-    create_tasks = runner.create_tasks
+    """Who runs it goes on with what it has read, and its tasks compare only that it is elected."""
+    create_tasks, advance = runner.create_tasks, runner.Runner._advance
 
     def planted(keyspace: Any, operation_id: str, *arguments: Any) -> list[CopyTxn]:
         txns = create_tasks(keyspace, operation_id, *arguments)
@@ -224,7 +225,12 @@ def tasks_of_a_cancelled_rebalancing() -> None:
             txn.compares = [c for c in txn.compares if c.key != keyspace.operation(operation_id)]
         return txns
 
+    async def planted_advance(self: runner.Runner, stored: StoredOperation, *arguments: Any) -> None:
+        held = self._running.get(stored.operation.operation_id)
+        await advance(self, stored if held is None else StoredOperation(stored.operation, held.revision), *arguments)
+
     runner.create_tasks = planted
+    runner.Runner._advance = planted_advance  # type: ignore[method-assign]
 
 
 PLANTS: dict[str, Callable[[], None]] = {
