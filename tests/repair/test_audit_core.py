@@ -205,7 +205,7 @@ def test_a_move_of_a_rebalancing_whose_target_is_lost_is_given_up() -> None:
 
 def test_a_move_of_a_rebalancing_goes_on_as_repair_when_its_place_is_lost() -> None:
     task = CopyTask(5, "a", "d", CopyReason.REBALANCE, operation="op")
-    assert decided(cluster("bcd", lost="a", given_up="a"), task) == replace(task, reason=CopyReason.LOST)
+    assert decided(cluster("bcd", lost="a", given_up="a"), task) == replace(task, reason=CopyReason.LOST, operation="")
 
 
 def test_a_task_of_a_place_that_no_fragment_names_ends() -> None:

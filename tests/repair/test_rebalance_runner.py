@@ -271,3 +271,32 @@ async def test_operations_that_ended_long_ago_are_forgotten(
     names = [operation.operation_id for operation in await cluster.orders.operations()]
     assert names == ["rebalance-3", "rebalance-4"]
     assert not (await cluster.world.store.range(cluster.world.keyspace.moves_prefix("rebalance-1"))).items
+
+
+async def test_the_newest_operation_is_the_one_that_was_begun_last_whatever_clocks_say(cluster: Rebalanced) -> None:
+    await cluster.begin()
+    await cluster.until_ended()
+    store, keyspace = cluster.world.store, cluster.world.keyspace
+    slow = Orders(store, keyspace, now_us=lambda: cluster.now_us() - 3_600_000_000, rng=random.Random(8))
+    await slow.roll_back("rebalance-1", 0, b"2")
+    assert (await cluster.orders.newest()).operation.operation_id == "rebalance-2"
+
+
+async def test_a_copy_whose_source_is_drained_goes_on_at_the_rate_of_repair(cluster: Rebalanced) -> None:
+    world = cluster.world
+    await cluster.begin(bytes_per_s=1)
+
+    async def sources() -> set[str]:
+        records = [await world.record(number) for number in range(1, LEDGERS + 1)]
+        return {record.copy.replaces for record in records if record is not None and record.copy is not None}
+
+    await world.until(sources, "a copy is claimed")
+    (source,) = await sources()
+    await world.drain(source)
+    world.start_auditor()
+
+    async def is_empty() -> bool:
+        records = [await world.record(number) for number in range(1, LEDGERS + 1)]
+        return not any(record is not None and source in record.bookies() for record in records)
+
+    await world.until(is_empty, f"{source} is empty")

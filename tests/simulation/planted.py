@@ -30,6 +30,9 @@ from magnetar.metadata.copy_txns import CopyTxn, Stored, StoredTask
 from magnetar.metadata.records import CopyClaim
 from magnetar.metadata.shards import ShardMetadata
 from magnetar.metadata.store import MetadataUnavailable, Put
+from magnetar.repair import runner
+from magnetar.repair.operation_txns import StoredOperation
+from magnetar.repair.operations import RunningOperation
 from magnetar.repair.replicator import Replicator
 
 
@@ -202,6 +205,34 @@ def collector_that_trusts_a_partial_listing() -> None:
     Collector._has_role = planted_role  # type: ignore[method-assign]
 
 
+def cancelled_rebalancing_that_forgets_late_moves() -> None:
+    """It does not look any more at what became of the moves that were under way: no rollback takes them back."""
+    settle = RunningOperation._settle
+
+    def planted(self: RunningOperation, place: Any, ledger: Stored | None, observed: Any) -> bool:
+        return False if self._is_cancelled() else settle(self, place, ledger, observed)
+
+    RunningOperation._settle = planted  # type: ignore[method-assign]
+
+
+def tasks_of_a_cancelled_rebalancing() -> None:
+    """Who runs it goes on with what it has read, and its tasks compare only that it is elected."""
+    create_tasks, advance = runner.create_tasks, runner.Runner._advance
+
+    def planted(keyspace: Any, operation_id: str, *arguments: Any) -> list[CopyTxn]:
+        txns = create_tasks(keyspace, operation_id, *arguments)
+        for txn in txns:
+            txn.compares = [c for c in txn.compares if c.key != keyspace.operation(operation_id)]
+        return txns
+
+    async def planted_advance(self: runner.Runner, stored: StoredOperation, *arguments: Any) -> None:
+        held = self._running.get(stored.operation.operation_id)
+        await advance(self, stored if held is None else StoredOperation(stored.operation, held.revision), *arguments)
+
+    runner.create_tasks = planted
+    runner.Runner._advance = planted_advance  # type: ignore[method-assign]
+
+
 PLANTS: dict[str, Callable[[], None]] = {
     "recovery reads without fencing": recovery_without_fencing,
     "fencing read answered on arrival": fence_answered_on_arrival,
@@ -216,4 +247,6 @@ PLANTS: dict[str, Callable[[], None]] = {
     "copy without a claim": copy_without_a_claim,
     "end of a copy that drops a concurrent change": end_of_a_copy_that_drops_a_concurrent_change,
     "collector that trusts a partial listing": collector_that_trusts_a_partial_listing,
+    "cancelled rebalancing that forgets late moves": cancelled_rebalancing_that_forgets_late_moves,
+    "tasks of a cancelled rebalancing": tasks_of_a_cancelled_rebalancing,
 }

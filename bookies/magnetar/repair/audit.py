@@ -135,11 +135,14 @@ def decide(
     reason = _reason(cluster, task)
     if reason is None:
         return _completion(cluster, task, record)
+    if reason is not CopyReason.REBALANCE:
+        # What must be copied is not held up by the throttle, a pause or the end of a rebalancing.
+        task = replace(task, operation="")
     if not task.completes and _is_usable(cluster, task) and takes(record, task.place, task.target):
         return replace(task, reason=reason)
     if reason is CopyReason.REBALANCE:
         return _completion(cluster, task, record)
-    return _assigned(cluster, replace(task, reason=reason, operation=""), record, load, rng)
+    return _assigned(cluster, replace(task, reason=reason), record, load, rng)
 
 
 def new_task(

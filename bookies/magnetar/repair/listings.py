@@ -29,7 +29,7 @@ from magnetar.metadata.records import (
     RepairSettings,
 )
 from magnetar.metadata.store import KeyValue, MetadataStore
-from magnetar.repair.operation_txns import StoredOperation
+from magnetar.repair.operation_txns import StoredOperation, number
 from magnetar.repair.planner import Snapshot
 
 MOVE_PAGES = 8
@@ -86,7 +86,7 @@ class Listings:
         """All, the oldest first."""
         prefix = self._keyspace.operations_prefix()
         found = [StoredOperation(decode_operation(i.value), i.mod_revision) async for i in self._under(prefix)]
-        return sorted(found, key=lambda one: (one.operation.created_us, one.operation.operation_id))
+        return sorted(found, key=number)
 
     async def operation(self, operation_id: str) -> StoredOperation | None:
         found = await self._store.get(self._keyspace.operation(operation_id))

@@ -36,9 +36,13 @@ class StoredOperation:
     revision: int
 
 
+def number(stored: StoredOperation) -> int:
+    """Tells the order in which operations were begun: the clocks of the servers that took the orders do not."""
+    return int(stored.operation.operation_id.removeprefix(ID_PREFIX))
+
+
 def next_id(operations: Iterable[StoredOperation]) -> str:
-    numbers = [int(one.operation.operation_id.removeprefix(ID_PREFIX)) for one in operations]
-    return f"{ID_PREFIX}{max(numbers, default=0) + 1}"
+    return f"{ID_PREFIX}{max(map(number, operations), default=0) + 1}"
 
 
 def create_operation(
@@ -51,7 +55,7 @@ def create_operation(
     operations: list[StoreOperation] = [Put(keyspace.operation(name), encode_operation(record))]
     operations += (Put(keyspace.moves(name, number), encode_moves(page)) for number, page in enumerate(pages))
     compares = [absent(keyspace.operation(name))]
-    ended = sorted((one for one in known if one.operation.ended_us), key=lambda one: one.operation.created_us)
+    ended = sorted((one for one in known if one.operation.ended_us), key=number)
     for one in ended[: max(0, len(ended) - KEPT_MAX)][:FORGOTTEN_PER_TXN]:
         key = keyspace.operation(one.operation.operation_id)
         compares.append(unchanged(key, one.revision))

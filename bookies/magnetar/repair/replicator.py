@@ -298,8 +298,9 @@ class Replicator:
             pause_s = self._throttle_of(task).wait_s(self._now())
 
     def _throttle_of(self, task: CopyTask) -> Throttle:
-        """That of its operation, if it belongs to one."""
-        own = self._operation_rates.throttle(task.operation, self._tasks.values(), self._now())
+        """That of its operation, as long as it belongs to one."""
+        current = self._tasks.get((task.ledger_id, task.place), task)
+        own = self._operation_rates.throttle(current.operation, self._tasks.values(), self._now())
         return self._throttle if own is None else own
 
     async def _claim(self, ledger: Stored, task: StoredTask) -> Stored:
