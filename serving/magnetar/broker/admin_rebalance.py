@@ -76,9 +76,7 @@ class RebalanceAdmin:
         if goal is not Goal.BROKERS:
             return _plan(await self._orders.plan(goal, max_bytes=max_bytes, shards=shards)).SerializeToString()
         if max_bytes is not None:
-            raise OrderRefused(
-                "shards move by hand-off, which copies no bytes: leave --max-bytes out, name a --topic"
-            )
+            raise OrderRefused("shards move by hand-off, which copies no bytes: leave --max-bytes out, name a --topic")
         return _shard_plan(await self._shard_orders.plan(shards)).SerializeToString()
 
     async def apply(self, data: bytes, _context: Context) -> bytes:
