@@ -206,14 +206,18 @@ class ServedShards:
 
         It is being opened meanwhile: whoever wants it waits, and is sent to that broker. Raises as `Ownership.give`.
         """
-        giving = asyncio.create_task(self._ownership.give(shard_id, heir), name=f"give shard {shard_id}")
+        given = not_owner(shard_id, address)
 
-        async def send_away() -> ServedShard:
-            await asyncio.shield(giving)
-            raise not_owner(shard_id, address)
+        async def give() -> ServedShard:
+            await self._ownership.give(shard_id, heir)
+            raise given
 
-        await asyncio.wait({self._begin_load(shard_id, send_away())})
-        await giving
+        load = self._begin_load(shard_id, give())
+        try:
+            await asyncio.shield(load)
+        except Refused as refused:
+            if refused is not given:
+                raise
 
     async def _receive(self, arrival: Expected) -> ServedShard:
         metadata, arrived = await arrival()
