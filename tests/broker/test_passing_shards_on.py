@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -19,6 +19,7 @@ from magnetar.broker.layout import preferred_broker
 from magnetar.broker.loads import ShardLoad
 from magnetar.metadata.records import LedgerState, ShardRecord
 from magnetar.metadata.shards import ShardMetadata
+from magnetar.metadata.store import Compare, Operation, TxnResult
 from magnetar.node.rpc import Refused
 from magnetar.v1 import admin_pb2, common_pb2
 
@@ -87,6 +88,64 @@ def test_a_target_never_fences_what_it_was_given_or_told_about(
     told: bool | None, recorded: bool, source: Source | None, step: Step
 ) -> None:
     assert Expectation(told, recorded, source).next_step() is step
+
+
+# --- what is not open ---
+
+
+async def test_a_shard_that_is_not_open_passes_by_one_transaction_and_stays_closed(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b = pair.a, pair.b
+    async with ProduceClient(pair.connect(a)) as client:
+        await client.open(pair.shard)
+        await client.publish(*(pair.batch(i) for i in range(3)))
+        await client.answers(3)
+    for broker in (a, b):
+        monkeypatch.setattr(broker._takeovers, "want", lambda shards: None)
+    shard = a.served.get(pair.shard)
+    assert shard is not None
+    shard.log.abandon()
+    a.served.remove(shard)
+    before = await pair.record()
+    sent: list[object] = []
+    store_txn = pair.cluster.store.txn
+
+    async def txn(compares: Sequence[Compare], operations: Sequence[Operation]) -> TxnResult:
+        sent.append(operations)
+        return await store_txn(compares, operations)
+
+    monkeypatch.setattr(pair.cluster.store, "txn", txn)
+    await pair.move(b)
+    after = await pair.metadata()
+    assert (after.record.owner, after.epoch) == (b.ownership.session, before.epoch + 1)
+    assert {ledger.state for ledger in after.ledgers.values()} == {LedgerState.IN_RECOVERY}
+    assert len(sent) == 1
+    assert a.served.get(pair.shard) is b.served.get(pair.shard) is None
+    assert not a.served.loading(pair.shard)
+    async with ProduceClient(pair.connect(b)) as client:
+        assert (await client.open(pair.shard)).last_sequence == 2
+
+
+async def test_who_wants_a_shard_while_it_passes_unopened_is_sent_to_its_new_owner(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b = pair.a, pair.b
+    monkeypatch.setattr(a._takeovers, "want", lambda shards: None)
+    shard = a.served.get(pair.shard)
+    assert shard is not None
+    await shard.close()
+    a.served.remove(shard)
+    await a.ownership.claim(pair.shard, preferred_or_not=True)
+    [target] = [broker for broker in a.view.brokers() if broker.owner.broker_id == "b"]
+    moving = asyncio.create_task(a._mover.give_away(pair.shard, target, "a test"))
+    await asyncio.sleep(0)
+    assert a.served.loading(pair.shard)
+    with pytest.raises(Refused) as refused:
+        await a.served.open(pair.shard)
+    assert (refused.value.reason, refused.value.owner) == (NOT_OWNER, b.address)
+    await moving
+    assert (await pair.record()).owner == b.ownership.session
 
 
 # --- what clients see ---
@@ -370,7 +429,7 @@ async def test_the_elected_broker_moves_a_busy_shard_and_a_failed_move_is_no_err
     loads = dict.fromkeys(list(pair.slots)[:4], 100000.0)
     moved: list[int] = []
 
-    async def report(peers: Any, broker: Any) -> BrokerLoad:
+    async def report(_peers: object, broker: Any) -> BrokerLoad:
         served = {shard.shard_id for shard in (a if broker.owner.broker_id == "a" else b).served}
         mine = (ShardLoad(shard, load, 100.0) for shard, load in loads.items() if shard in served)
         return BrokerLoad(broker.owner.broker_id, tuple(mine))
@@ -386,7 +445,7 @@ async def test_the_elected_broker_moves_a_busy_shard_and_a_failed_move_is_no_err
     loads.clear()
     loads.update(dict.fromkeys(range(9001, 9005), 100_000.0))
 
-    async def wrong(peers: Any, broker: Any) -> BrokerLoad:
+    async def wrong(_peers: object, broker: Any) -> BrokerLoad:
         mine = loads if broker.owner.broker_id == "a" else {}
         return BrokerLoad(broker.owner.broker_id, tuple(ShardLoad(s, load, 100.0) for s, load in mine.items()))
 

@@ -7,11 +7,12 @@ from collections.abc import Iterator
 
 import grpc.aio
 import pytest
+from cluster.hand_offs import move, owners
 from cluster.harness import Cluster, until
 from cluster.load import Judge, Load
+from cluster.rebalancing import until_ended
 
 from magnetar.client.sync import Client
-from magnetar.v1 import admin_pb2
 
 QUIET_S = 2.0
 MOVES = 20
@@ -37,14 +38,9 @@ def shards_of(client: Client, broker: str) -> int:
     return sum(one.shards for one in client.admin.brokers.list() if one.id == broker)
 
 
-def owners(client: Client, topic: str) -> dict[int, str | None]:
-    return {shard.shard: shard.owner for shard in client.admin.topics.describe(topic).shards}
-
-
-async def move(address: str, shard: int, broker: str) -> None:
-    request = admin_pb2.MoveShardRequest(shard_id=shard, to_broker_id=broker, reason="a test").SerializeToString()
+async def move_one(address: str, shard: int, broker: str) -> None:
     async with grpc.aio.insecure_channel(address) as channel:
-        await channel.unary_unary("/magnetar.v1.AdminService/MoveShard")(request)
+        await move(channel, shard, broker)
 
 
 def test_a_rolling_restart_of_all_brokers(cluster: Cluster, load: Load, judge: Judge) -> None:
@@ -80,7 +76,27 @@ def test_shards_are_moved_one_by_one(cluster: Cluster, load: Load, client: Clien
     for number in range(MOVES):
         shard, owner = sorted(owners(client, load.topic).items())[number % load.shards]
         others = [broker for broker in cluster.brokers if broker != owner]
-        asyncio.run(move(cluster.servers.split(",")[0], shard, others[number % len(others)]))
+        asyncio.run(move_one(cluster.servers.split(",")[0], shard, others[number % len(others)]))
         assert owners(client, load.topic)[shard] == others[number % len(others)]
+    load.run_until_answered(1000)
+    judge(load)
+
+
+def test_a_broker_that_was_restarted_gets_its_part_back(
+    cluster: Cluster, load: Load, client: Client, judge: Judge
+) -> None:
+    restarted = cluster.brokers[0]
+    assert cluster.processes[restarted].terminate() == 0
+    cluster.restart(restarted)
+    load.run(QUIET_S)
+    assert restarted not in owners(client, load.topic).values()
+    plan = client.admin.rebalance.plan(goal="brokers", topic=load.topic)
+    assert {move.target for move in plan.moves} == {restarted}
+    ended = until_ended(client, client.admin.rebalance.apply(plan).operation)
+    assert (ended.state, ended.moves_done) == ("DONE", len(plan.moves))
+    assert set(owners(client, load.topic).values()) == set(cluster.brokers)
+    back = until_ended(client, client.admin.rebalance.rollback(ended.operation).operation)
+    assert back.moves_done == ended.moves_done
+    assert restarted not in owners(client, load.topic).values()
     load.run_until_answered(1000)
     judge(load)

@@ -86,8 +86,7 @@ def plan(
     """Says what is to be moved to make them even; exit code 3 if there is something. Its JSON goes to `apply`."""
     from magnetar.client.rebalancing import THROTTLE_DEFAULT
 
-    if goal is Goal.brokers and throttle is not None:
-        raise CommandFailed("shards move by hand-off, which copies no bytes: leave --throttle out", EXIT_USAGE)
+    _check_throttle(goal, throttle)
     rate = throttle or THROTTLE_DEFAULT
 
     async def body(client: Client) -> RebalancePlan:
@@ -121,6 +120,7 @@ def apply(
         raise CommandFailed(
             "a saved plan has its goal, size and topic: leave --goal, --max-bytes and --topic out", EXIT_USAGE
         )
+    _check_throttle(goal, throttle)
     saved = None if file is None else _read_plan(file)
 
     async def body(client: Client) -> RebalanceOperation | None:
@@ -137,6 +137,11 @@ def apply(
         emit_json(None)
     else:
         note("there is nothing to move")
+
+
+def _check_throttle(goal: Goal, throttle: int | None) -> None:
+    if goal is Goal.brokers and throttle is not None:
+        raise CommandFailed("shards move by hand-off, which copies no bytes: leave --throttle out", EXIT_USAGE)
 
 
 def _read_plan(file: Path) -> RebalancePlan:

@@ -164,7 +164,7 @@ class BrokerSettings(Joining):
     max_message_bytes: int = Field(default=5 * MIB, ge=1 * KIB, le=5 * MIB)
     retention_unsubscribed_s: float = Field(default=7 * 24 * 3600.0, ge=0)
     trim_interval_s: float = Field(default=5.0, gt=0)
-    balance: bool = Field(default=True, description="may be elected to move shards from busy brokers to idle ones")
+    balance: bool = Field(default=True, description="moves shards from busy brokers to idle ones when it is elected")
     balance_interval_s: float = Field(default=60.0, ge=1, description="from one look at the loads to the next")
 
     @model_validator(mode="after")

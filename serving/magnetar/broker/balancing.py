@@ -108,8 +108,12 @@ class Balancing:
         self._balancer = Balancer()
         while self._interval_s is not None:
             await asyncio.sleep(self._interval_s)
-            if not self._runner.at_work:
+            if self._runner.at_work:
+                continue
+            try:
                 await self.round()
+            except Exception:
+                log.exception("balancing failed")
 
     async def round(self) -> None:
         """Moves what this round's loads ask for, one after the other."""

@@ -82,7 +82,7 @@ class Drainer:
         if target is None:
             return False
         try:
-            await self._mover.give(await self._served.open(shard_id), target, "the broker is being drained")
+            await self._mover.give_away(shard_id, target, "the broker is being drained")
         except ShardNotFound:
             return True
         except Exception as error:

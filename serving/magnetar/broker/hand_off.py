@@ -13,6 +13,10 @@
       | TakeShard(passed on, consumers, state) ---> serves it; queues wait for the consumers that were named
     -
 
+A shard that the source owns and has not open needs none of this: there is nothing accepted and not stored, nobody to be
+sent on. It passes by the transaction that the target's claim would be, made by the source (`ServedShards.give`). The
+target opens it when it is wanted, as any shard of its own.
+
 Invariants:
 
 1. Before the transaction the source owns the shard, or who claims it when its lease has ended; after it the target

@@ -35,7 +35,7 @@ class BrokerMetrics:
         self.trim_failures = counter("trim_failures", "Attempts to trim a shard that failed")
         self.hand_offs = Counter(
             "magnetar_broker_hand_offs",
-            "Shards passed on, kept because that failed, or claimed from a silent owner that was to pass them on",
+            "Shards passed on, open or not, kept because that failed, or claimed from a silent owner that was to do it",
             ("outcome",),
             registry=registry,
         )

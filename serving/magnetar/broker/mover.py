@@ -150,7 +150,7 @@ class Mover:
         if source is not None and source.owner == target.owner:
             return Moved(source.owner.broker_id)
         if source is not None and source.owner == self._ownership.session:
-            return await self.give(await self._served.open(request.shard_id), target, request.reason)
+            return await self.give_away(request.shard_id, target, request.reason)
         if source is None and target.owner == self._ownership.session:
             await self._served.take(request.shard_id)
             return Moved("")
@@ -187,6 +187,21 @@ class Mover:
         return Moved(answer.from_broker_id, answer.paused_s)
 
     # --- giving ---
+
+    async def give_away(self, shard_id: int, target: LiveBroker, reason: str) -> Moved:
+        """Passes a shard of this broker on. One that is not open stays closed: one transaction, and the target owns it.
+
+        Raises Refused, ShardNotFound, or an error of the store if it stays here, or if what became of it is not known.
+        """
+        if self._served.get(shard_id) is None:
+            await self._served.loaded(shard_id)
+        shard = self._served.get(shard_id)
+        if shard is not None or self._served.loading(shard_id):
+            return await self.give(shard or await self._served.open(shard_id), target, reason)
+        await self._served.give(shard_id, target.owner, target.address)
+        self._metrics.hand_offs.labels("unopened").inc()
+        log.info("shard passed on unopened", shard=shard_id, to=target.owner.broker_id, reason=reason)
+        return Moved(self._broker_id)
 
     async def give(self, shard: ServedShard, target: LiveBroker, reason: str) -> Moved:
         """Passes a shard that is served here on; on return the target serves it.

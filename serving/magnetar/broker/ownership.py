@@ -160,6 +160,18 @@ class Ownership:
         log.info("claimed from a silent owner", shard=shard_id, owner=source.broker_id, epoch=metadata.record.epoch)
         return metadata
 
+    async def give(self, shard_id: int, heir: Owner) -> None:
+        """Makes a shard that is not open here the heir's, as a claim of the heir would: its open ledgers are fenced.
+
+        Raises Refused(NOT_OWNER) if it is not this session's, Refused(UNAVAILABLE), ClaimLost, ShardNotFound,
+        MetadataUnavailable: it stays whose it is then.
+        """
+        session = self.require_session()
+        metadata = await ShardMetadata.load(self._store, self._keyspace, shard_id)
+        if metadata.record.owner != session:
+            raise not_owner(shard_id, self._view.address(shard_id))
+        await metadata.claim(heir, from_owner_alive=True)
+
     def ended(self) -> dict[int, Owner]:
         """Shards whose recorded owner lives no more, as the watches see it, and whose preferred broker is this one."""
         return {shard_id: owner for shard_id, owner in self._view.owned() if self._is_to_be_claimed(shard_id, owner)}

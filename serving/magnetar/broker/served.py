@@ -17,7 +17,7 @@ from magnetar.broker.budget import ByteBudget
 from magnetar.broker.metrics import BrokerMetrics
 from magnetar.broker.ownership import Ownership
 from magnetar.broker.producer_table import DamagedProducerTable
-from magnetar.broker.refusals import RETRY_AFTER_MS, refusal_of
+from magnetar.broker.refusals import RETRY_AFTER_MS, not_owner, refusal_of
 from magnetar.broker.shard import Consumers, ServedShard, rebuild_producers
 from magnetar.broker.topics import Topics
 from magnetar.ledger.client import LedgerClient, LedgerError, Standing
@@ -200,6 +200,24 @@ class ServedShards:
     async def _load(self, shard_id: int, *, preferred_or_not: bool = False) -> ServedShard:
         async with self._load_slots:
             return await self._open_claimed(await self._ownership.claim(shard_id, preferred_or_not=preferred_or_not))
+
+    async def give(self, shard_id: int, heir: Owner, address: str) -> None:
+        """Makes a shard, neither served nor loading, another broker's without opening it.
+
+        It is being opened meanwhile: whoever wants it waits, and is sent to that broker. Raises as `Ownership.give`.
+        """
+        given = not_owner(shard_id, address)
+
+        async def give() -> ServedShard:
+            await self._ownership.give(shard_id, heir)
+            raise given
+
+        load = self._begin_load(shard_id, give())
+        try:
+            await asyncio.shield(load)
+        except Refused as refused:
+            if refused is not given:
+                raise
 
     async def _receive(self, arrival: Expected) -> ServedShard:
         metadata, arrived = await arrival()

@@ -10,11 +10,13 @@ messages/s. Two steps:
 
 Rules of every plan:
 
-1. A move gives a shard from a broker that has more than the average to the one that has least, the largest that leaves
-   these two nearer to each other, and only if one of them is farther than TOLERANCE from the average.
-2. A shard moves once in a plan: its moves depend on nothing that another one does.
-3. Brokers that are stopping or drained are not counted: they hand their shards over anyway, and get none.
-4. Shards without a living owner stay: they are claimed as soon as somebody wants them.
+1. Nothing moves while all are nearer than TRIGGER to the average: measured loads waver. Once one is not, moves go on
+   until all are nearer than TARGET, or nothing fits any more.
+2. A move gives a shard from a broker that has more than the average to the one that has least: the largest that leaves
+   these two nearer to each other.
+3. A shard moves once in a plan: its moves depend on nothing that another one does.
+4. Brokers that are stopping or drained are not counted: they hand their shards over anyway, and get none.
+5. Shards without a living owner stay: they are claimed as soon as somebody wants them.
 
 skew   the largest |part - average| / average of any counted broker, of the loads or of the numbers, whichever is larger
 """
@@ -29,8 +31,8 @@ from magnetar.broker.loads import ShardLoad
 from magnetar.metadata.records import Move, Owner
 from magnetar.repair.planner import MOVES_MAX, OBJECTIONS_MAX
 
-TOLERANCE = 0.05
-"""Of the average: measured loads waver."""
+TRIGGER = 0.05
+TARGET = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +127,8 @@ def _measured(snapshot: Snapshot, broker_id: str, shards: Collection[int]) -> Br
 
 
 def _even_out(levels: Levels, moves_max: int) -> Iterator[Move]:
+    if _skew(levels) <= TRIGGER:
+        return
     for _ in range(moves_max):
         move = _next(levels)
         if move is None:
@@ -133,12 +137,10 @@ def _even_out(levels: Levels, moves_max: int) -> Iterator[Move]:
 
 
 def _next(levels: Levels) -> Move | None:
-    if not levels.average:
-        return None
     target = levels.emptiest()
-    lacks = levels.loads[target] < levels.average * (1 - TOLERANCE)
+    lacks = levels.loads[target] < levels.average * (1 - TARGET)
     for source in levels.fullest_first():
-        if levels.loads[source] <= levels.average * (1.0 if lacks else 1 + TOLERANCE):
+        if levels.loads[source] <= levels.average * (1.0 if lacks else 1 + TARGET):
             return None
         shard_id = levels.give(source, target)
         if shard_id is not None:
@@ -173,7 +175,7 @@ def _notes(snapshot: Snapshot, loads: Levels, numbers: Levels, counted: Collecti
         yield f"{busy} shards are left where they are: another rebalancing moves them"
     if moves >= MOVES_MAX:
         yield f"a plan has at most {MOVES_MAX:,} moves: plan again when they are done"
-    elif _skew(loads, numbers) > TOLERANCE:
+    elif _skew(loads, numbers) > TRIGGER:
         yield (
             "no more can be moved by this plan: a shard moves once in it, whole, within --topic, and a busy one is not "
             "moved for the sake of numbers"
