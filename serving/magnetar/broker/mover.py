@@ -188,6 +188,10 @@ class Mover:
 
     # --- giving ---
 
+    def gives(self, shard_id: int) -> bool:
+        """The shard is being passed on."""
+        return shard_id in self._given
+
     async def give(self, shard: ServedShard, target: LiveBroker, reason: str) -> Moved:
         """Passes a shard that is served here on; on return the target serves it.
 
