@@ -29,8 +29,8 @@ soak: $(VENV)/.dev ## The cluster tests ROUNDS times over, then 10,000 seeds of 
 	for round in $$(seq $(ROUNDS)); do $(BIN)/python -m pytest tests/cluster -s || exit 1; done
 	$(BIN)/python tests/simulation/run.py --seeds 10000 --brief
 
-takeover: $(VENV)/.dev ## How long it takes until a thousand topics of a killed broker are served again
-	$(BIN)/python tests/performance/takeover.py
+takeover: $(VENV)/.dev ## How long it takes until the topics of a killed broker are another one's: TOPICS=n of two brokers
+	$(BIN)/python tests/performance/takeover.py --topics $(or $(TOPICS),2000)
 
 hand-off: $(VENV)/.dev ## How long publishing pauses when a busy topic moves between living brokers, 500 times
 	$(BIN)/python tests/performance/hand_off.py

@@ -43,12 +43,14 @@ class StubbornStore(MemoryStore):
     """A store that refuses to answer for some keys.
 
     silent_reads   so many reads under a prefix, or of a key, get no answer
+    requests       reads and transactions asked for
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.refused_keys: set[str] = set()
         self.silent_reads: Counter[str] = Counter()
+        self.requests = 0
 
     async def range(self, prefix: str, *, after: str = "", limit: int = 0) -> RangeResult:
         self._read(prefix)
@@ -59,11 +61,13 @@ class StubbornStore(MemoryStore):
         return await super().get(key)
 
     def _read(self, key: str) -> None:
+        self.requests += 1
         if self.silent_reads[key] > 0:
             self.silent_reads[key] -= 1
             raise MetadataUnavailable("no answer")
 
     async def txn(self, compares: Sequence[Compare], operations: Sequence[Operation]) -> TxnResult:
+        self.requests += 1
         if any(isinstance(operation, Put) and operation.key in self.refused_keys for operation in operations):
             raise MetadataUnavailable("no answer")
         return await super().txn(compares, operations)
@@ -122,7 +126,8 @@ class Cluster:
         assert registration is not None
         assert registration._keeper is not None
         given = {task for _, task in broker._mover._given.values()}
-        tasks = {registration._keeper, *broker._tasks, *broker.served._loads.values(), *given}
+        opened = {*broker.served._loads.values(), *broker.served._settling.values()}
+        tasks = {registration._keeper, *broker._tasks, *opened, *given}
         for task in tasks:
             task.cancel()
         await broker._takeovers.stop()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from dataclasses import replace
@@ -32,7 +33,14 @@ class Member:
         self.refusals: list[int] = []
         self.view = ClusterView(store, KEYSPACE)
         self.ownership = Ownership(
-            store, KEYSPACE, self.view, name, lease_s, on_session=self.sessions.append, on_lost=self._lost
+            store,
+            KEYSPACE,
+            self.view,
+            name,
+            lease_s,
+            random.Random(name),
+            on_session=self.sessions.append,
+            on_lost=self._lost,
         )
 
     def _lost(self) -> None:

@@ -305,7 +305,7 @@ async def test_the_next_owner_knows_what_is_a_duplicate(
         # Its session ends and it does not notice: the other broker takes the shard over and fences its ledger.
         other = await cluster.start_broker("broker1")
         await broker.ownership.close()
-        await eventually(lambda: other.served.get(shard) is not None)
+        await eventually(lambda: shard in other.served.at_rest)
         async with ProduceClient(connect(other)) as next_client:
             opened = await next_client.open(shard)
             assert opened.last_sequence == 39
@@ -329,7 +329,7 @@ async def test_a_broker_without_a_session_asks_bookies_whether_it_was_replaced(
         await broker.served.release_fenced()
         assert broker.served.get(shard) is not None
         await broker.ownership.close()
-        await eventually(lambda: other.served.get(shard) is not None)
+        await eventually(lambda: shard in other.served.at_rest)
         await broker.served.release_fenced()
         assert (await client.error()).error.reason == common_pb2.ERROR_REASON_NOT_OWNER
         assert broker.served.get(shard) is None

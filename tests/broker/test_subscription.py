@@ -292,9 +292,12 @@ async def test_a_reader_that_trimming_overtook_ends() -> None:
     reader = await Reader.open(cast(ServedShard, shard), session, Anchor.EARLIEST)
     reader.start()
     reader.credit(5, 100)
+    assert shard.readers == 1
     await log.answer(OffsetTrimmed(0, 20))
     assert await session.is_ended() == common_pb2.ERROR_REASON_OFFSET_TRIMMED
-    assert log.on_end == []
+    assert (log.on_end, shard.readers) == ([], 0)
+    reader.close()
+    assert shard.readers == 0
 
 
 async def test_a_reader_cannot_begin_below_what_is_stored() -> None:
@@ -309,6 +312,7 @@ class Shard:
     """A served shard, as a reader sees it."""
 
     shard_id = 5
+    readers = 0
 
     def __init__(self, log: ScriptedLog) -> None:
         self.log = log

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import pytest
@@ -12,11 +12,10 @@ from consume_world import EARLIEST, LATEST, ConsumeClient
 
 from magnetar.broker.broker import Broker
 from magnetar.broker.layout import preferred_broker
-from magnetar.broker.served import Arrival
 from magnetar.broker.shard import ServedShard
 from magnetar.ledger.client import Standing
 from magnetar.metadata.records import LedgerState, ShardRecord
-from magnetar.metadata.shards import ShardMetadata
+from magnetar.metadata.shards import ShardMetadata, ShardSnapshot
 from magnetar.node.rpc import Refused
 from magnetar.v1 import broker_pb2, common_pb2
 
@@ -78,10 +77,9 @@ async def slot_of(broker: Broker, shard_id: int) -> int:
 
 
 async def served_by(broker: Broker, shard_id: int) -> ServedShard:
-    await eventually(lambda: broker.served.get(shard_id) is not None)
-    shard = broker.served.get(shard_id)
-    assert shard is not None
-    return shard
+    """The shard, opened if the broker has it at rest."""
+    await eventually(lambda: broker.served.get(shard_id) is not None or shard_id in broker.served.at_rest)
+    return await broker.shard(TOPIC, shard_id)
 
 
 # --- a crash ---
@@ -131,7 +129,9 @@ async def test_each_shard_of_a_crashed_broker_goes_to_the_one_that_should_have_i
     for shard, name in expected.items():
         assert name is not None
         await served_by(brokers[name], shard)
-        assert brokers["c" if name == "b" else "b"].served.get(shard) is None
+        other = brokers["c" if name == "b" else "b"]
+        assert other.served.get(shard) is None
+        assert shard not in other.served.at_rest
 
 
 async def test_a_second_crash_while_shards_are_being_taken_over_is_handled_as_well(
@@ -144,17 +144,15 @@ async def test_a_second_crash_while_shards_are_being_taken_over_is_handled_as_we
     for name in ("a", "b"):
         for shard in of[name]:
             await brokers[name].shard(TOPIC, shard)
-    # One of the first broker's shards hangs while it is opened; the second crash does not wait for it.
+    # One of the first broker's shards hangs while it is recovered; the second crash does not wait for it.
     c = brokers["c"]
     stuck = next(s for s in of["a"] if preferred_broker(s, ["b", "c"]) == "c")
-    gate = Gate(c.served._open)
-    opening = c.served._open
-
-    async def open_slowly(metadata: ShardMetadata, arrived: Arrival | None) -> ServedShard:
-        shard: ServedShard = await (gate if metadata.shard_id == stuck else opening)(metadata, arrived)
-        return shard
-
-    monkeypatch.setattr(c.served, "_open", open_slowly)
+    async with ProduceClient(connect(brokers["a"])) as client:
+        await client.open(stuck)
+        await client.publish(batch(0, slot=await slot_of(brokers["a"], stuck)))
+        await client.answers(1)
+    gate = Gate(c.served._settle)
+    monkeypatch.setattr(c.served, "_settle", gate)
     for name in ("a", "b"):
         await cluster.kill(brokers[name])
         await cluster.end_session(brokers[name])
@@ -171,14 +169,14 @@ async def test_a_shard_whose_takeover_fails_at_first_is_tried_again(
 ) -> None:
     await pair.a.shard(TOPIC, pair.of_a)
     failures = iter([Refused(UNAVAILABLE, "not now"), Refused(UNAVAILABLE, "not now")])
-    claim = pair.b.ownership.claim
+    claim = pair.b.ownership.claim_together
 
-    async def claim_or_fail(shard_id: int, **named: bool) -> ShardMetadata:
+    async def claim_or_fail(shards: Sequence[ShardSnapshot]) -> list[ShardMetadata]:
         for failure in failures:
             raise failure
-        return await claim(shard_id, **named)
+        return await claim(shards)
 
-    monkeypatch.setattr(pair.b.ownership, "claim", claim_or_fail)
+    monkeypatch.setattr(pair.b.ownership, "claim_together", claim_or_fail)
     await pair.cluster.kill(pair.a)
     await pair.cluster.end_session(pair.a)
     await served_by(pair.b, pair.of_a)
@@ -341,8 +339,8 @@ async def test_a_session_begun_anew_keeps_its_shards_against_a_claim_that_comes_
 ) -> None:
     pair, a, b = late_pair, late_pair.a, late_pair.b
     epoch = (await pair.record(pair.of_b)).epoch
-    gate = Gate(b.ownership.claim)
-    monkeypatch.setattr(b.ownership, "claim", gate)
+    gate = Gate(b.ownership.claim_together)
+    monkeypatch.setattr(b.ownership, "claim_together", gate)
     first = a.ownership.session
     await pair.cluster.end_session(a)
     await gate.reached.wait()

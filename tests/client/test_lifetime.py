@@ -91,6 +91,21 @@ async def test_closing_a_client_closes_what_is_open_and_waits_for_it(
         producer.send_nowait(b"y")
 
 
+async def test_what_is_closed_is_closed_at_the_broker_too_while_the_client_goes_on(
+    cluster: ScriptedCluster, broker: ScriptedBroker
+) -> None:
+    """Else the broker keeps for ever what nobody uses."""
+    async with connect(broker.address) as client:
+        async with client.producer("clicks") as producer:
+            await producer.send(b"x")
+            async with client.reader("clicks", start=EARLIEST) as reader:
+                await reader.receive(timeout=5)
+            [stream] = [stream for stream in broker.streams if stream.sessions]
+            await cluster.until(lambda: not stream.sessions)
+        [stream] = [stream for stream in broker.streams if stream.handles]
+        await cluster.until(lambda: not stream.handles)
+
+
 async def test_a_receiver_that_waits_hears_of_the_closing(client: Client) -> None:
     async with client.stream_consumer("clicks", subscription="s") as consumer:
         waiting = asyncio.create_task(consumer.receive())

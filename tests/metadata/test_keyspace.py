@@ -55,6 +55,7 @@ def test_every_kind_of_key_is_in_this_test_and_has_a_builder_and_a_parser() -> N
         "instance",
         "parse",
         "repair",
+        "shard_neighbours",
     }
 
 
@@ -134,6 +135,16 @@ def test_the_order_of_keys_is_the_order_of_numbers() -> None:
     numbers = [0, 1, 9, 10, 15, 16, 255, 1 << 32, NUMBER_MAX]
     keys = [KEYSPACE.ledger(number) for number in numbers]
     assert keys == sorted(keys)
+
+
+def test_sixteen_shards_and_no_others_are_read_together() -> None:
+    beginning = KEYSPACE.shard_neighbours(0x25)
+    for shard_id in range(0x20, 0x30):
+        assert KEYSPACE.shard_neighbours(shard_id) == beginning
+        assert KEYSPACE.shard(shard_id).startswith(beginning)
+        assert KEYSPACE.shard_ledger(shard_id, 7).startswith(beginning)
+    for other in (0x1F, 0x30, 0x2, 0x125, 0x250):
+        assert not KEYSPACE.shard(other).startswith(beginning)
 
 
 def test_prefixes_hold_their_keys_and_end_at_whole_parts() -> None:

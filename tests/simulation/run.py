@@ -72,7 +72,10 @@ class Simulation:
     def __init__(self, seed: int, calls: int) -> None:
         self.seed = seed
         rng = random.Random(f"scene {seed}")
+        resting = random.Random(f"resting {seed}")
         shape = Shape(
+            rest_after_s=resting.choice([1.0, 1.0, 3.0, 3600.0]),
+            trim_interval_s=resting.choice([0.3, 1.0, 5.0]),
             lease_s=rng.choice([1.0, 2.0, 5.0]),
             segment_s=rng.choice([3.0, 10.0, 3600.0]),
             gc_interval_s=rng.choice([0.5, 0.5, 5.0, 60.0]),
@@ -173,7 +176,9 @@ def run_seed(seed: int, calls: int, plant: str, verbose: bool, digest: bool) -> 
         world.loop.time(),
         processor_time(),
         world.loop.turns,
-        f"messages={len(simulation.oracle.sent)} failed_calls={simulation.oracle.failed_calls}",
+        f"messages={len(simulation.oracle.sent)} failed_calls={simulation.oracle.failed_calls} "
+        f"rested={world.counted('magnetar_broker_rested_shards_total')} "
+        f"claimed_together={world.counted('magnetar_broker_claimed_together_total')}",
         world.transcript.tail(10**9 if verbose else 120) if violation or verbose else "",
     )
 

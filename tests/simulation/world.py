@@ -57,6 +57,8 @@ class Shape:
     segment_bytes: int = 64 << 10
     segment_s: float = 30.0
     gc_interval_s: float = 10.0
+    rest_after_s: float = 3600.0
+    trim_interval_s: float = 5.0
 
 
 class ProcessDied(BaseException):
@@ -93,6 +95,7 @@ class World:
         self.hosts: dict[str, Host] = {}
         self.disks: dict[str, SimulatedDisk] = {}
         self.clients: dict[str, Process] = {}
+        self._registries: list[CollectorRegistry] = []
         self._gone: dict[Process, asyncio.Future[None]] = {}
         self.lost_disks: list[str] = []
         self.with_workers: Callable[[str, Process, Bookie], Awaitable[Any]] | None = None
@@ -301,18 +304,26 @@ class World:
             segment_bytes=shape.segment_bytes,
             segment_s=shape.segment_s,
             lease_s=shape.lease_s,
+            rest_after_s=shape.rest_after_s,
+            trim_interval_s=shape.trim_interval_s,
         )
+        registry = CollectorRegistry()
+        self._registries.append(registry)
         return await Broker.start(
             settings,
             metadata,
             self.keyspace,
             directory,
-            registry=CollectorRegistry(),
+            registry=registry,
             now_us=self.clock(name),
             rng=random.Random(f"broker {name} {self.seed} {self.loop.time()}"),
             serve=server_at(self.network, self.listeners, process),
             peers=Peers(lambda address: SimulatedChannel(self.network, process, self.listeners, address)),
         )
+
+    def counted(self, counter: str) -> int:
+        """What all brokers have counted, those that were killed too."""
+        return int(sum(registry.get_sample_value(counter) or 0 for registry in self._registries))
 
     def clock(self, name: str) -> Callable[[], int]:
         """The wall clock of a host, which may jump."""

@@ -151,7 +151,8 @@ class ShardLink(ABC, Generic[StreamT]):
         self._stream = stream
         self._closed = self._loop.create_future()
         try:
-            refused = await self._closed
+            # Whoever stops the link cancels this wait, and not what tells whether the handle is open.
+            refused = await asyncio.shield(self._closed)
         finally:
             self._let_go(stream)
         if refused.reason == NOT_OWNER:

@@ -289,6 +289,10 @@ class Keyspace:
         """The shard's record and the records of its ledgers that are not CLOSED."""
         return self._prefix(KeyKind.SHARD, shard_id).removesuffix("record/")
 
+    def shard_neighbours(self, shard_id: int) -> str:
+        """Not a whole part: what `shard_prefix` of the shards begins with whose numbers differ in the last digit."""
+        return self.shard_prefix(shard_id).removesuffix("/")[:-1]
+
     def shards_prefix(self) -> str:
         return self._prefix(KeyKind.SHARD)
 

@@ -7,7 +7,7 @@ most one can be applied, and the shard record's mod_revision tells whether one w
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from magnetar.metadata.codec import (
@@ -24,6 +24,7 @@ from magnetar.metadata.records import CopyTask, LedgerRecord, LedgerState, Owner
 from magnetar.metadata.store import (
     COMPARES_MAX,
     OPERATIONS_MAX,
+    TXN_BYTES_MAX,
     Compare,
     Delete,
     KeyValue,
@@ -34,6 +35,9 @@ from magnetar.metadata.store import (
     not_created_at,
     unchanged,
 )
+
+CLAIMED_BYTES_MAX = TXN_BYTES_MAX // 2
+"""Of records in a transaction of several claims: keys and compares have room beside them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +71,11 @@ class ShardSnapshot:
     ledgers: Mapping[int, LedgerRecord]
     ledger_revisions: Mapping[int, int]
     values: Mapping[str, bytes]
+
+    @property
+    def newest_ledger(self) -> int:
+        """Of those that are not CLOSED; 0 = all are, nothing of the shard is to be recovered."""
+        return max(self.ledgers, default=0)
 
 
 @dataclass(slots=True)
@@ -190,6 +199,24 @@ def claim_txn(
         txn.operations.append(Delete(keyspace.owned(old.owner, old.shard_id)))
     txn.operations.append(Put(keyspace.owned(session, old.shard_id), mark))
     return txn.checked()
+
+
+def claims_together(claims: Sequence[ShardTxn]) -> tuple[list[Compare], list[Operation]]:
+    """One transaction of several claims by one session: all hold, or none. What they compare alike is compared once."""
+    compares = dict.fromkeys(compare for claim in claims for compare in claim.compares)
+    return list(compares), [operation for claim in claims for operation in claim.operations]
+
+
+def first_together(claims: Sequence[ShardTxn]) -> int:
+    """How many of these fit into one transaction, at least one."""
+    operations = compares = size_bytes = 0
+    for count, claim in enumerate(claims):
+        operations += len(claim.operations)
+        compares += len(claim.compares)
+        size_bytes += sum(len(operation.value) for operation in claim.operations if isinstance(operation, Put))
+        if count and (operations > OPERATIONS_MAX or compares > COMPARES_MAX or size_bytes > CLAIMED_BYTES_MAX):
+            return count
+    return len(claims)
 
 
 # Changes by the owner.

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from enum import Enum
 from types import MappingProxyType
@@ -33,7 +33,9 @@ from magnetar.metadata.shard_txns import (
     ShardSnapshot,
     ShardTxn,
     claim_txn,
+    claims_together,
     commit_txn,
+    first_together,
     outside_keys,
     parse_snapshot,
     shard_creation_operations,
@@ -51,7 +53,9 @@ __all__ = [
     "ShardChange",
     "ShardMetadata",
     "ShardNotFound",
+    "ShardSnapshot",
     "StaleChange",
+    "read_shards",
     "shard_creation_operations",
 ]
 
@@ -178,6 +182,37 @@ class ShardMetadata:
             raise ClaimLost(record.owner, "the shard was not passed on")
         found._become_owner(session, found._rng.randbytes(MARK_BYTES), found._snapshot)
         return found
+
+    @classmethod
+    async def claim_together(
+        cls,
+        store: MetadataStore,
+        keyspace: Keyspace,
+        snapshots: Sequence[ShardSnapshot],
+        session: Owner,
+        *,
+        rng: random.Random,
+    ) -> list[Self]:
+        """Claims the first of these shards, as many as fit into one transaction: all of these, or none.
+
+        Returns them; nothing if one of them has a living owner, or was changed since it was read. One request.
+        Raises MetadataUnavailable: read again, whoever of this session claims them then excludes this claim.
+        """
+        marks = [rng.randbytes(MARK_BYTES) for _ in snapshots]
+        txns = [
+            claim_txn(keyspace, snapshot, session, mark, from_owner_alive=False)
+            for snapshot, mark in zip(snapshots, marks, strict=True)
+        ]
+        txns = txns[: first_together(txns)]
+        result = await store.txn(*claims_together(txns))
+        if not result.succeeded:
+            return []
+        claimed = []
+        for before, mark, txn in zip(snapshots, marks, txns, strict=False):
+            shard = cls(store, keyspace, before, rng, asyncio.sleep)
+            shard._become_owner(session, mark, snapshot_after(keyspace, before, txn, result.revision))
+            claimed.append(shard)
+        return claimed
 
     @property
     def shard_id(self) -> int:
@@ -443,6 +478,29 @@ class ShardMetadata:
                 if replace(decode_ledger(found.value), fragments=wanted.fragments, copy=wanted.copy) != wanted:
                     return False
         return True
+
+
+async def read_shards(store: MetadataStore, keyspace: Keyspace, shard_ids: Iterable[int]) -> list[ShardSnapshot]:
+    """Those of these shards that exist, by number; neighbours are read together. Raises MetadataUnavailable."""
+    wanted: dict[str, list[int]] = {}
+    for shard_id in sorted(set(shard_ids)):
+        wanted.setdefault(keyspace.shard_neighbours(shard_id), []).append(shard_id)
+
+    async def read(neighbours: str, ids: list[int]) -> list[ShardSnapshot]:
+        items = (await store.range(neighbours if len(ids) > 1 else keyspace.shard_prefix(ids[0]))).items
+        parts = [
+            parse_snapshot(keyspace, shard_id, [item for item in items if item.key.startswith(prefix)])
+            for shard_id, prefix in zip(ids, map(keyspace.shard_prefix, ids), strict=True)
+        ]
+        return [part for part in parts if part is not None]
+
+    found: list[ShardSnapshot] = []
+    groups = list(wanted.items())
+    for start in range(0, len(groups), READS_AT_ONCE):
+        some = groups[start : start + READS_AT_ONCE]
+        for parts in await asyncio.gather(*(read(neighbours, ids) for neighbours, ids in some)):
+            found += parts
+    return found
 
 
 class _Silence:

@@ -164,6 +164,9 @@ class BrokerSettings(Joining):
     max_message_bytes: int = Field(default=5 * MIB, ge=1 * KIB, le=5 * MIB)
     retention_unsubscribed_s: float = Field(default=7 * 24 * 3600.0, ge=0)
     trim_interval_s: float = Field(default=5.0, gt=0)
+    rest_after_s: float = Field(
+        default=600.0, ge=1, description="a topic nobody uses for so long is closed until somebody wants it"
+    )
     balance: bool = Field(default=True, description="moves shards from busy brokers to idle ones when it is elected")
     balance_interval_s: float = Field(default=60.0, ge=1, description="from one look at the loads to the next")
 

@@ -4,8 +4,9 @@ It keeps nothing on disk. It listens first (only then its port is known), regist
 on; before, every request is told to come again. Stopping passes every shard to another broker, answering what was
 accepted, before the session ends, so that the next owners have nothing to recover.
 
-Others' shards: the watches tell of sessions that ended and of shards that were passed on; these are opened in the
-background, so many at a time. A sweep at the start and every minute finds what was missed.
+Others' shards: the watches tell of sessions that ended and of shards that were passed on; these are taken over in the
+background, many at a time. A sweep at the start and every minute finds what was missed. Shards that nobody uses are put
+to rest: they stay this broker's, and cost next to nothing until somebody wants them.
 """
 
 from __future__ import annotations
@@ -151,7 +152,7 @@ class Broker:
         self.metrics = BrokerMetrics(registry)
         self.budget = ByteBudget(settings.pending_bytes)
         self.view = ClusterView(store, keyspace)
-        ids = IdBlocks(store, keyspace)
+        ids = IdBlocks(store, keyspace, rng=rng)
         self.topics = Topics(store, keyspace, ids, now_us)
         self.ownership = Ownership(
             store,
@@ -159,6 +160,7 @@ class Broker:
             self.view,
             settings.id,
             settings.lease_s,
+            rng,
             on_session=self._session_began,
             on_lost=self._session_lost,
         )
@@ -174,7 +176,7 @@ class Broker:
             self._address_of,
             self._received,
         )
-        self._takeovers = Takeovers(self.served.open, rng)
+        self._takeovers = Takeovers(self.ownership, self.served, self.metrics, rng)
         self._resolver = Resolver(self.topics, self.ownership, self._owner_address, self._broker_addresses)
         self.peers = peers
         self._members = Members(store, keyspace)
@@ -279,7 +281,12 @@ class Broker:
         return []
 
     def _listen_to_changes(self) -> None:
-        self.metrics.watch(pending_bytes=lambda: self.budget.used_bytes, served_shards=lambda: len(self.served))
+        self.metrics.watch(
+            pending_bytes=lambda: self.budget.used_bytes,
+            served_shards=lambda: len(self.served),
+            shards_at_rest=lambda: len(self.served.at_rest),
+            owned_shards=lambda: len(self.ownership.mine()),
+        )
         self.view.on_owner_change(self._owners_changed)
         self.view.on_broker_change(self._brokers_changed)
         self.topics.on_topic.append(self._topic_changed)
@@ -295,7 +302,7 @@ class Broker:
         """
         shard = self.served.get(shard_id)
         if shard is not None and shard.topic == topic:
-            return shard
+            return await self.served.open(shard_id)
         if shard_of(await self.topics.get(topic), shard_id) is None:
             raise not_owner(shard_id, why="the topic has no such shard")
         try:
@@ -441,6 +448,7 @@ class Broker:
         self._sweep_wanted.set()
 
     def _session_lost(self) -> None:
+        self.served.forget_rest()
         self._resolver.everything_changed()
 
     def _received(self, shard: ServedShard) -> None:
@@ -454,6 +462,7 @@ class Broker:
 
     def _owners_changed(self, shards: Iterable[int]) -> None:
         self._resolver.owners_changed(shards)
+        self.served.forget_rest(s for s in shards if self.view.recorded_owner(s) != self.ownership.session)
         self._mover.owners_changed(shards)
         self._drainer.changed()
         if self._serving:
@@ -465,10 +474,13 @@ class Broker:
         if self._serving:
             # A shard of a session that ended before may have waited for the broker that is gone now.
             self._take_over(self.ownership.ended())
+            if self._going:
+                self._sweep_wanted.set()  # What is taken over may be of a topic that is being deleted.
 
     def _take_over(self, shards: Iterable[int]) -> None:
         # What is being opened now is among them: the claim was seen before the opening was done.
-        self._takeovers.want(s for s in shards if self.served.get(s) is None and not self.served.loading(s))
+        served, at_rest = self.served, self.served.at_rest
+        self._takeovers.want(s for s in shards if s not in at_rest and served.get(s) is None and not served.loading(s))
 
     def _topic_changed(self, topic: str, record: TopicRecord | None) -> None:
         self._resolver.topic_changed(topic)
@@ -476,25 +488,47 @@ class Broker:
             self._going.pop(topic, None)
         elif record.deleting:
             self._remember_going(topic)
-            for shard in self.served.of_topic(topic):
-                self._spawn(partial(self.served.delete, shard.shard_id), "delete shard")
+            for shard in record.shards:
+                if self._is_mine(shard.shard_id):
+                    self._spawn(partial(self.served.delete, shard.shard_id), "delete shard")
 
     def _remember_going(self, topic: str) -> None:
         if len(self._going) < GOING_TOPICS_MAX:
             self._going[topic] = None
 
-    def _subscription_changed(self, topic: str, name: str, _record: SubscriptionRecord | None) -> None:
+    def _is_mine(self, shard_id: int) -> bool:
+        """Served here, at rest, or on the way from one to the other."""
+        owner = self.view.recorded_owner(shard_id)
+        return self.served.get(shard_id) is not None or (owner is not None and owner == self.ownership.session)
+
+    def _subscription_changed(self, topic: str, name: str, record: SubscriptionRecord | None) -> None:
         for shard in self.served.of_topic(topic):
             changed = partial(shard.subscription_changed, name)
             self._spawn(partial(self._until_answered, changed), "subscription changed")
+        if record is None and self.ownership.session is not None:
+            self._spawn(partial(self._until_answered, partial(self._wake, topic)), "subscription deleted")
+
+    async def _wake(self, topic: str) -> None:
+        """Opens the topic's shards that are at rest here: one that is opened knows of all that changed meanwhile."""
+        try:
+            record = await self.topics.get(topic)
+        except Refused:
+            return  # The topic is going.
+        for shard in record.shards:
+            if self._is_mine(shard.shard_id):
+                with suppress(ShardNotFound):
+                    await self.served.open(shard.shard_id)
 
     def _changes_missed(self) -> None:
         self._resolver.everything_changed()
-        if len(self.served):
+        if len(self.served) or self.served.at_rest:
             self._spawn(partial(self._until_answered, self._catch_up), "catch up")
 
     async def _catch_up(self) -> None:
         """Topics may have begun to go, and subscriptions have come and gone, unseen."""
+        if self.served.at_rest:
+            await self._find_going()
+            self._sweep_wanted.set()
         for shard in self.served:
             if await self.topics.marked(shard.topic) is not None:
                 self._remember_going(shard.topic)
@@ -548,6 +582,8 @@ class Broker:
         while True:
             await asyncio.sleep(self.settings.trim_interval_s)
             await self.served.trim(self._leaving.bookies())
+            await self.served.rest_unused(self.settings.rest_after_s, self._mover.gives)
+            await self.served.revisit()
 
     async def _doubt_loop(self) -> None:
         """Without a session this broker may have been replaced without hearing of it."""
@@ -579,7 +615,7 @@ class Broker:
             await self.sweep()
 
     async def sweep(self) -> None:
-        """Takes over shards whose owner is gone, opens those a claim left behind, goes on with topics being deleted."""
+        """Takes over shards whose owner is gone, or that a claim left behind, and goes on with topics being deleted."""
         if self.ownership.session is None:
             return
         self._take_over([*self.ownership.mine(), *self.ownership.ended()])

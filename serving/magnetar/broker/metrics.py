@@ -31,6 +31,11 @@ class BrokerMetrics:
         self.shard_loads = counter("shard_loads", "Shards claimed and opened")
         self.shard_load_failures = counter("shard_load_failures", "Shards that could not be claimed or opened")
         self.shards_released = counter("shards_released", "Shards that another broker took over")
+        self.rested_shards = counter("rested_shards", "Shards closed because nobody used them")
+        self.rest_failures = counter("rest_failures", "Shards that nobody used and that could not be closed")
+        self.claimed_together = counter(
+            "claimed_together", "Shards claimed from brokers that are gone, many in one request, and not opened"
+        )
         self.forgotten_producers = counter("forgotten_producers", "Idle producers dropped from the tables of shards")
         self.trim_failures = counter("trim_failures", "Attempts to trim a shard that failed")
         self.hand_offs = Counter(
@@ -59,6 +64,8 @@ class BrokerMetrics:
         )
         self.pending_bytes = gauge("pending_bytes", "Bytes of batches accepted and not yet stored")
         self.served_shards = gauge("served_shards", "Shards open here")
+        self.shards_at_rest = gauge("shards_at_rest", "Shards of this broker that are closed until somebody wants them")
+        self.owned_shards = gauge("owned_shards", "Shards that the records give to this broker")
         self.streams = gauge("streams", "Open streams of clients", ("kind",))
         self.refusals = Counter(
             "magnetar_broker_refusals", "Requests, handles and streams refused", ("reason",), registry=registry
@@ -68,9 +75,10 @@ class BrokerMetrics:
         name = common_pb2.ErrorReason.Name(reason).removeprefix("ERROR_REASON_").lower()
         self.refusals.labels(name).inc()
 
-    def watch(self, *, pending_bytes: Callable[[], int], served_shards: Callable[[], int]) -> None:
-        self.pending_bytes.set_function(pending_bytes)
-        self.served_shards.set_function(served_shards)
+    def watch(self, **gauges: Callable[[], int]) -> None:
+        """What the gauges of these names show."""
+        for name, value in gauges.items():
+            getattr(self, name).set_function(value)
 
     @contextmanager
     def stream(self, kind: str) -> Iterator[None]:

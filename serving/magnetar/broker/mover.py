@@ -203,6 +203,10 @@ class Mover:
         log.info("shard passed on unopened", shard=shard_id, to=target.owner.broker_id, reason=reason)
         return Moved(self._broker_id)
 
+    def gives(self, shard_id: int) -> bool:
+        """The shard is being passed on."""
+        return shard_id in self._given
+
     async def give(self, shard: ServedShard, target: LiveBroker, reason: str) -> Moved:
         """Passes a shard that is served here on; on return the target serves it.
 

@@ -12,7 +12,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+import random
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
@@ -23,7 +24,7 @@ from magnetar.broker.refusals import RETRY_AFTER_MS, not_owner
 from magnetar.metadata.codec import decode_broker, encode_broker
 from magnetar.metadata.keyspace import Keyspace
 from magnetar.metadata.records import BrokerRegistration, Owner, ShardRecord
-from magnetar.metadata.shards import ClaimLost, ShardMetadata
+from magnetar.metadata.shards import ClaimLost, ShardMetadata, ShardSnapshot, read_shards
 from magnetar.metadata.store import MetadataError, MetadataStore
 from magnetar.node.registration import Registration
 from magnetar.node.rpc import unavailable
@@ -47,6 +48,7 @@ class Ownership:
         view: ClusterView,
         broker_id: str,
         lease_s: float,
+        rng: random.Random,
         *,
         on_session: Callable[[Owner], None] = lambda session: None,
         on_lost: Callable[[], None] = lambda: None,
@@ -57,6 +59,7 @@ class Ownership:
         self._keyspace = keyspace
         self._view = view
         self._lease_s = lease_s
+        self._rng = rng
         self._on_session = on_session
         self._on_lost = on_lost
         self._record = BrokerRegistration(broker_id, "")
@@ -122,7 +125,7 @@ class Ownership:
         """
         for attempt in range(CLAIM_ATTEMPTS):
             session = self.require_session()
-            metadata = await ShardMetadata.load(self._store, self._keyspace, shard_id)
+            metadata = await ShardMetadata.load(self._store, self._keyspace, shard_id, rng=self._rng)
             # At first the view is believed when it says that the owner is gone: the claim itself compares that.
             await self._check_claimable(metadata.record, preferred_or_not, ask_store=attempt > 0)
             try:
@@ -142,7 +145,7 @@ class Ownership:
         Raises ClaimLost if it was not, ShardNotFound, Refused(UNAVAILABLE), MetadataUnavailable.
         """
         session = self.require_session()
-        return await ShardMetadata.accept(self._store, self._keyspace, shard_id, session, epoch)
+        return await ShardMetadata.accept(self._store, self._keyspace, shard_id, session, epoch, rng=self._rng)
 
     async def claim_from(self, shard_id: int, source: Owner) -> ShardMetadata:
         """Claims a shard from an owner that was to pass it on and is silent: its ledgers are fenced, be it dead or not.
@@ -150,7 +153,7 @@ class Ownership:
         Raises as `claim`, also if the shard is not that owner's any more.
         """
         session = self.require_session()
-        metadata = await ShardMetadata.load(self._store, self._keyspace, shard_id)
+        metadata = await ShardMetadata.load(self._store, self._keyspace, shard_id, rng=self._rng)
         if metadata.record.owner != source:
             return await self.claim(shard_id)
         try:
@@ -167,16 +170,38 @@ class Ownership:
         MetadataUnavailable: it stays whose it is then.
         """
         session = self.require_session()
-        metadata = await ShardMetadata.load(self._store, self._keyspace, shard_id)
+        metadata = await ShardMetadata.load(self._store, self._keyspace, shard_id, rng=self._rng)
         if metadata.record.owner != session:
             raise not_owner(shard_id, self._view.address(shard_id))
         await metadata.claim(heir, from_owner_alive=True)
+
+    async def read(self, shards: Iterable[int]) -> list[ShardSnapshot]:
+        """Those of these shards that exist and are this session's, or nobody's as the view sees it: to be claimed.
+
+        Raises Refused(UNAVAILABLE), MetadataUnavailable.
+        """
+        session = self.require_session()
+        found = await read_shards(self._store, self._keyspace, shards)
+        return [s for s in found if s.record.owner == session or self._is_gone(s.record.owner)]
+
+    async def claim_together(self, shards: Sequence[ShardSnapshot]) -> list[ShardMetadata]:
+        """Claims the first of these shards in one request, as many as fit; none if one of them is not to be had.
+
+        Raises Refused(UNAVAILABLE), MetadataUnavailable.
+        """
+        session = self.require_session()
+        claimed = await ShardMetadata.claim_together(self._store, self._keyspace, shards, session, rng=self._rng)
+        log.info("claimed together", shards=len(claimed), first=shards[0].record.shard_id)
+        return claimed
+
+    def _is_gone(self, owner: Owner | None) -> bool:
+        return owner is not None and self._view.living(owner) is None
 
     def ended(self) -> dict[int, Owner]:
         """Shards whose recorded owner lives no more, as the watches see it, and whose preferred broker is this one."""
         return {shard_id: owner for shard_id, owner in self._view.owned() if self._is_to_be_claimed(shard_id, owner)}
 
-    def mine(self) -> Iterable[int]:
+    def mine(self) -> list[int]:
         """Shards that the records give to the present session."""
         return [shard_id for shard_id, owner in self._view.owned() if owner == self._session]
 

@@ -74,6 +74,7 @@ class Reader:
         """Begin to deliver, within the credit."""
         self._core.pause(_ONLY_CONSUMER, self._session.full)
         self._pump.start()
+        self._shard.readers += 1
         self._watch = asyncio.create_task(self._end_with_the_shard(), name=f"reader of shard {self._shard.shard_id}")
         return Attached(self._core.next_offset(), self._shard.log.end_offset, True, self._core.cursor_epoch)
 
@@ -95,6 +96,7 @@ class Reader:
         if self._watch is not None:
             self._watch.cancel()
             self._watch = None
+            self._shard.readers -= 1
 
     async def _end_with_the_shard(self) -> None:
         await self._shard.released.wait()

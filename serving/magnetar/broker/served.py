@@ -1,15 +1,22 @@
-"""The shards that a broker serves: opened at first use, each once, and given up.
+"""The shards that a broker serves: opened at first use, each once, put to rest when nobody uses them, and given up.
 
 Opening a shard is: claim it, recover and open its log, rebuild the table of its producers, make its cursors those of
 the topic's subscriptions. A shard that another broker is about to pass on is being opened, too, from the moment it is
 expected. Whoever wants the shard meanwhile waits for the same opening.
+
+A shard at rest is this broker's, all of its ledgers are closed, and nothing of it is in memory but its number. It comes
+to rest when nobody has used it for a while, or when it was claimed from a broker that is gone (`takeovers.py`). Whoever
+wants a shard that is coming to rest waits for that, and then opens it as any other: by a claim. So what a shard at rest
+is remembered for is never a proof of anything; `at_rest` may be wrong, and costs a refused claim then.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterator
+import itertools
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import structlog
 
@@ -29,7 +36,7 @@ from magnetar.managed_log.log import Inheritance, ManagedLog
 from magnetar.managed_log.settings import LogSettings
 from magnetar.metadata.ids import IdBlocks
 from magnetar.metadata.keyspace import COUNTER_LEDGER
-from magnetar.metadata.records import LedgerPurpose, LedgerRecord, Owner
+from magnetar.metadata.records import LedgerPurpose, LedgerRecord, Owner, ShardRecord
 from magnetar.metadata.shards import (
     OutcomeUnknown,
     OwnershipLost,
@@ -50,6 +57,18 @@ SHARDS_AT_ONCE = 32
 
 CLOSE_S = 20.0
 """How long a shard that is given up may take to store what it accepted; then its next owner recovers it."""
+
+RESTING_AT_ONCE = 16
+"""Shards that nobody uses, and that are being closed: each is a transaction, and a word with bookies."""
+
+RESTING_PER_ROUND = 500
+"""Of these, before what else is done with all shards has its turn."""
+
+REVISIT_S = 24 * 3600.0
+"""A shard at rest with messages is opened so often at least, for what time or a missed change makes superfluous."""
+
+REVISITS_PER_ROUND = 16
+NEVER_US = 1 << 63
 
 CLOSE_ERRORS = (LogError, LedgerError, MetadataError, OwnershipLost, SessionEnded, StaleChange, OutcomeUnknown)
 """What a log that cannot be closed ends with: it is abandoned, and its next owner recovers it."""
@@ -77,6 +96,16 @@ class Arrival:
 
     inheritance: Inheritance | None
     consumers: Consumers | None
+
+
+class Rest(NamedTuple):
+    """A shard at rest: when to open it for what it may have to trim, and the epoch in which nobody used it here.
+
+    `epoch` 0: it was another broker's, and nobody knows who used it.
+    """
+
+    revisit_us: int
+    epoch: int
 
 
 Expected = Callable[[], Awaitable[tuple[ShardMetadata, Arrival | None]]]
@@ -110,6 +139,8 @@ class ServedShards:
         self._served: dict[int, ServedShard] = {}
         self._by_topic: dict[str, dict[ServedShard, None]] = {}
         self._loads: dict[int, asyncio.Task[ServedShard]] = {}
+        self._settling: dict[int, asyncio.Task[None]] = {}
+        self._at_rest: dict[int, Rest] = {}
         self._deletions: dict[int, asyncio.Task[None]] = {}
         self._load_slots = asyncio.Semaphore(LOADS_MAX)
         self._stopping = False
@@ -142,14 +173,20 @@ class ServedShards:
         return True
 
     def loading(self, shard_id: int) -> bool:
-        """It is being opened, or deleted."""
-        return shard_id in self._loads or shard_id in self._deletions
+        """It is being opened, or deleted, or is coming to rest."""
+        return shard_id in self._loads or shard_id in self._deletions or shard_id in self._settling
 
     async def loaded(self, shard_id: int) -> None:
         """Returns when the shard is not being opened any more: it is served, or is not."""
+        await self._settled(shard_id)
         load = self._loads.get(shard_id)
         if load is not None:
             await asyncio.wait({load})
+
+    async def _settled(self, shard_id: int) -> None:
+        settling = self._settling.get(shard_id)
+        if settling is not None:
+            await asyncio.wait({settling})
 
     async def open(self, shard_id: int) -> ServedShard:
         """The shard, taken over if need be.
@@ -158,6 +195,7 @@ class ServedShards:
         """
         shard = self._served.get(shard_id)
         if shard is not None:
+            shard.used_at = asyncio.get_running_loop().time()
             return shard
         if self._stopping:
             raise unavailable("the broker is stopping: ask another one", retry_after_ms=RETRY_AFTER_MS)
@@ -198,8 +236,14 @@ class ServedShards:
         return await self.open(shard_id)
 
     async def _load(self, shard_id: int, *, preferred_or_not: bool = False) -> ServedShard:
+        await self._settled(shard_id)
         async with self._load_slots:
-            return await self._open_claimed(await self._ownership.claim(shard_id, preferred_or_not=preferred_or_not))
+            rest = self._at_rest.pop(shard_id, None)
+            metadata = await self._ownership.claim(shard_id, preferred_or_not=preferred_or_not)
+            shard = await self._open_claimed(metadata)
+            if rest is not None and rest.epoch == metadata.epoch - 1:
+                shard.nobody_comes_back()
+            return shard
 
     async def give(self, shard_id: int, heir: Owner, address: str) -> None:
         """Makes a shard, neither served nor loading, another broker's without opening it.
@@ -284,6 +328,7 @@ class ServedShards:
         if losses or self._stopping:
             await self._give_up(shard_log)
             raise unavailable("the shard was lost while it was opened", retry_after_ms=RETRY_AFTER_MS)
+        self._at_rest.pop(shard.shard_id, None)
         self._add(shard)
         self._metrics.shard_loads.inc()
         return shard
@@ -311,6 +356,101 @@ class ServedShards:
             self._metrics.shards_released.inc()
         log.warning("shard released", shard=shard.shard_id, topic=shard.topic, reason=why.reason)
         shard.release(why.reason, "" if why.owner is None else self._address_of(why.owner))
+
+    # --- at rest ---
+
+    @property
+    def at_rest(self) -> Collection[int]:
+        """Shards of this broker's session that are closed until somebody wants them."""
+        return self._at_rest.keys()
+
+    def forget_rest(self, shards: Iterable[int] | None = None) -> None:
+        """These shards, or all, may be another's by now."""
+        for shard_id in list(self._at_rest) if shards is None else shards:
+            self._at_rest.pop(shard_id, None)
+
+    async def rest_unused(self, idle_s: float, excepted: Callable[[int], bool]) -> None:
+        """Puts the shards to rest that nobody has used for so long, but for those that are excepted at the moment."""
+        now = asyncio.get_running_loop().time()
+        unused = []
+        for shard in self:
+            if shard.in_use or excepted(shard.shard_id):
+                shard.used_at = now
+            elif now - shard.used_at >= idle_s and not shard.log.end_acknowledged():
+                unused.append(shard)
+
+        async def one(shard: ServedShard) -> None:
+            served = self._served.get(shard.shard_id) is shard and not self._stopping
+            if served and not shard.in_use and not excepted(shard.shard_id) and self._ownership.session is not None:
+                # From here to the task in its place nothing else runs: nobody finds the shard half closed.
+                self.remove(shard)
+                shard.begin_rest()
+                await self._begin_settling(shard.shard_id, self._rest(shard))
+
+        slots = asyncio.Semaphore(RESTING_AT_ONCE)
+        await self._each(unused[:RESTING_PER_ROUND], one, slots)
+
+    async def _rest(self, shard: ServedShard) -> None:
+        try:
+            async with asyncio.timeout(CLOSE_S):
+                await shard.rest()
+        except (*CLOSE_ERRORS, TimeoutError) as error:
+            self._metrics.rest_failures.inc()
+            self.give_up(shard, "the shard could not be closed", error)
+            return
+        self._metrics.rested_shards.inc()
+        self.rests(shard.log.record, unused=True, has_cursors=bool(shard.log.cursors))
+
+    def settle(self, metadata: ShardMetadata) -> asyncio.Task[None]:
+        """Has the shard, just claimed and neither served nor loading, recovered and closed, without opening it.
+
+        The task raises LogError, LedgerError: it is not at rest then.
+        """
+        return self._begin_settling(metadata.shard_id, self._settle(metadata))
+
+    async def _settle(self, metadata: ShardMetadata) -> None:
+        parts = self._parts
+        await ManagedLog.settle(metadata, parts.ledgers, parts.ids, parts.settings, parts.now_us)
+        self.rests(metadata.record)
+
+    def _begin_settling(self, shard_id: int, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
+        settling = self._settling[shard_id] = asyncio.create_task(work, name=f"settle shard {shard_id}")
+        settling.add_done_callback(lambda done: self._settling_ended(shard_id, done))
+        return settling
+
+    def _settling_ended(self, shard_id: int, settling: asyncio.Task[None]) -> None:
+        del self._settling[shard_id]
+        if not settling.cancelled():
+            settling.exception()  # Whoever waits has it; nobody may wait any more.
+
+    def rests(self, record: ShardRecord, *, unused: bool = False, has_cursors: bool = False) -> None:
+        """The shard is at rest, if it is this session's still."""
+        if record.owner is not None and record.owner == self._ownership.session:
+            revisit_us = self._revisit_us(record, has_cursors)
+            self._at_rest[record.shard_id] = Rest(revisit_us, record.epoch if unused else 0)
+
+    def _revisit_us(self, record: ShardRecord, has_cursors: bool) -> int:
+        """When to open it for trimming: it is not before the oldest segment has been kept long enough."""
+        if not record.segments:
+            return NEVER_US
+        last_us = self._parts.now_us() + int(REVISIT_S * 1e6)
+        if has_cursors:
+            return last_us
+        known = record.segments[:2]
+        kept_us = int(self._parts.settings.retention_unsubscribed_s * 1e6)
+        return min(last_us, known[-1].first_time_us + kept_us)
+
+    async def revisit(self) -> None:
+        """Opens some of the shards at rest that may have something to trim."""
+        now_us = self._parts.now_us()
+        due = (shard_id for shard_id, rest in self._at_rest.items() if rest.revisit_us <= now_us)
+        for shard_id in list(itertools.islice(due, REVISITS_PER_ROUND)):
+            try:
+                await self.open(shard_id)
+            except Exception as error:
+                if refusal_of(error) is None and not isinstance(error, ShardNotFound):
+                    raise
+                self._at_rest.pop(shard_id, None)
 
     # --- trimming, doubts, a new session, the end ---
 
@@ -364,7 +504,7 @@ class ServedShards:
         for deletion in self._deletions.values():
             deletion.cancel()  # Whoever goes on with it begins where this one stopped.
         # What is being opened is given up by itself, unless a silent store keeps it waiting.
-        under_way = [*self._deletions.values(), *self._loads.values()]
+        under_way = [*self._deletions.values(), *self._settling.values(), *self._loads.values()]
         if under_way:
             _, stuck = await asyncio.wait(under_way, timeout=CLOSE_S)
             for task in stuck:
@@ -391,8 +531,11 @@ class ServedShards:
         self.remove(shard)
 
     async def _for_each(self, act: Callable[[ServedShard], Awaitable[None]]) -> None:
-        slots = asyncio.Semaphore(SHARDS_AT_ONCE)
+        await self._each(self, act, asyncio.Semaphore(SHARDS_AT_ONCE))
 
+    async def _each(
+        self, shards: Iterable[ServedShard], act: Callable[[ServedShard], Awaitable[None]], slots: asyncio.Semaphore
+    ) -> None:
         async def bounded(shard: ServedShard) -> None:
             async with slots:
                 try:
@@ -401,7 +544,7 @@ class ServedShards:
                     if refusal_of(error) is None:
                         log.exception("shard failed", shard=shard.shard_id)
 
-        await asyncio.gather(*(bounded(shard) for shard in self))
+        await asyncio.gather(*(bounded(shard) for shard in shards))
 
     # --- deleting ---
 

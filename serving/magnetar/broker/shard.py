@@ -79,7 +79,8 @@ class Pushed(NamedTuple):
 class ServedShard:
     """`released` is set once the shard is no longer served; `release_reason` then says why, `owner` who has it now.
 
-    While it is being given up, `owner` is the address of the broker that gets it.
+    While it is being given up, `owner` is the address of the broker that gets it. `used_at`: the loop's time when
+    somebody asked for the shard, or was last seen to use it.
     """
 
     def __init__(
@@ -104,6 +105,8 @@ class ServedShard:
         self.pending = ByteBudget(pending_bytes_max)
         self.published_bytes = 0
         self.published_messages = 0
+        self.readers = 0
+        self.used_at = asyncio.get_running_loop().time()
         self.released = asyncio.Event()
         self.release_reason = ""
         self.owner = ""
@@ -297,6 +300,32 @@ class ServedShard:
         self._awaited = consumers
         for subscription in self.subscriptions.values():
             subscription.await_consumers(consumers.get(subscription.name, ()), self._reunited_at)
+
+    # --- rest ---
+
+    @property
+    def in_use(self) -> bool:
+        """Somebody is attached, or waits for something."""
+        return bool(
+            self._handles
+            or self.readers
+            or self.pending.used_bytes
+            or self._subscription_changes.locked()
+            or any(subscription.consumers for subscription in self.subscriptions.values())
+        )
+
+    def begin_rest(self) -> None:
+        """Nobody uses the shard, and from now on nobody can."""
+        self._stop_accepting("the shard is being closed, because nobody used it", "")
+
+    async def rest(self) -> None:
+        """Closes the log after `begin_rest`; the shard stays this broker's. Raises what `ManagedLog.rest` does."""
+        await self.log.rest()
+        self.release(self.release_reason)
+
+    def nobody_comes_back(self) -> None:
+        """Nobody was attached when the shard was given up here: its queues need not wait for anybody."""
+        self.await_consumers({})
 
     # --- release ---
 

@@ -34,7 +34,7 @@ from magnetar.managed_log.errors import (
 from magnetar.managed_log.owned_shard import OwnedShard
 from magnetar.managed_log.segment_reads import SegmentReads
 from magnetar.managed_log.settings import LogSettings
-from magnetar.managed_log.takeover import Inheritance, TakenOver, inherit, take_over
+from magnetar.managed_log.takeover import Inheritance, TakenOver, end_ledgers, inherit, take_over
 from magnetar.managed_log.trimming import Trimmer
 from magnetar.metadata.ids import IdBlocks
 from magnetar.metadata.records import (
@@ -161,6 +161,23 @@ class ManagedLog:
         """
         shard = OwnedShard(metadata, ledgers, ids, settings, now_us, on_released)
         return cls(shard, cache, await take_over(shard))
+
+    @staticmethod
+    async def settle(
+        metadata: ShardMetadata,
+        ledgers: LedgerClient,
+        ids: IdBlocks,
+        settings: LogSettings,
+        now_us: Callable[[], int],
+    ) -> None:
+        """Recovers and closes what the former owner of a shard that `metadata` has claimed left open, without opening
+        the log: then it is as after `rest`. Raises as `open`.
+        """
+        shard = OwnedShard(metadata, ledgers, ids, settings, now_us, lambda released: None)
+        try:
+            await end_ledgers(shard)
+        finally:
+            shard.abandon(CLOSED)
 
     @classmethod
     async def open_passed_on(
@@ -440,6 +457,10 @@ class ManagedLog:
         self._appender.tick()
         return await self._trimmer.trim()
 
+    def end_acknowledged(self) -> bool:
+        """Whether the open segment could go if it were ended; it is being ended then. A log at rest frees no space."""
+        return self._trimmer.end_acknowledged()
+
     def leave_bookies(self, bookies: Collection[str]) -> None:
         """The log's open ledgers are to end if they name these bookies: only closed ones are copied.
 
@@ -471,6 +492,15 @@ class ManagedLog:
         try:
             finished = await self._finish(SETTLE_S)
             await self._shard.give_up(lambda record: _nobodys(finished.change(record)), CLOSED)
+        finally:
+            self._shard.abandon(CLOSED)
+
+    async def rest(self) -> None:
+        """As `close`, but the shard stays this owner's, which has nothing to recover when it opens the log again."""
+        self._shard.check_served()
+        try:
+            finished = await self._finish(SETTLE_S)
+            await self._shard.give_up(finished.change, CLOSED)
         finally:
             self._shard.abandon(CLOSED)
 

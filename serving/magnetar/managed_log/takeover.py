@@ -45,6 +45,15 @@ class TakenOver:
 
 
 @dataclass(frozen=True, slots=True)
+class Ended:
+    """A log whose ledgers are all closed. `cursor_ledger`: its record, if it was open."""
+
+    end_offset: int
+    last_time_us: int
+    cursor_ledger: LedgerRecord | None
+
+
+@dataclass(frozen=True, slots=True)
 class Inheritance:
     """What the former owner of a shard tells the one to whom it passed the shard on.
 
@@ -69,6 +78,13 @@ class _Data:
 
 async def take_over(shard: OwnedShard) -> TakenOver:
     """See the module. Raises LogUndecided, ReadFailed, LogDamaged, LogReleased."""
+    ended = await end_ledgers(shard)
+    replay = await _replay(shard, ended.cursor_ledger)
+    return TakenOver(ended.end_offset, ended.last_time_us, replay)
+
+
+async def end_ledgers(shard: OwnedShard) -> Ended:
+    """Steps 1 to 3. Raises as `take_over`."""
     record = shard.record
     current_id = record.segments[-1].ledger_id if record.segments else 0
     current, following, cursors = await _side_by_side(
@@ -82,8 +98,7 @@ async def take_over(shard: OwnedShard) -> TakenOver:
     plan.end_cursors(cursors)
     if plan.change != ShardChange(record):
         await shard.change(plan.build)
-    replay = await _replay(shard, cursors.record if cursors is not None else None)
-    return TakenOver(plan.end_offset, plan.last_time_us, replay)
+    return Ended(plan.end_offset, plan.last_time_us, cursors.record if cursors is not None else None)
 
 
 async def inherit(shard: OwnedShard, inherited: Inheritance | None) -> TakenOver:

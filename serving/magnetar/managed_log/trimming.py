@@ -66,11 +66,17 @@ class Trimmer:
             self._busy = False
 
     def _end_open_segment(self) -> None:
+        if self._appender.open_bytes >= self._shard.settings.trim_open_bytes:
+            self.end_acknowledged()
+
+    def end_acknowledged(self) -> bool:
+        """Has the open segment ended if everything in it is acknowledged: a trim then finds it. False if it is not."""
         appender = self._appender
         floor = self._cursors.table.safe_floor()
-        worth_it = appender.open_bytes >= self._shard.settings.trim_open_bytes
-        if worth_it and floor is not None and floor >= appender.end_offset and appender.idle:
+        acknowledged = floor is not None and floor >= appender.end_offset and appender.idle
+        if acknowledged and appender.open_bytes:
             appender.end_segment()
+        return acknowledged and appender.open_bytes > 0
 
     async def _trim_some(self) -> int:
         oldest = await self._oldest()
