@@ -254,6 +254,7 @@ class ServedShards:
 
         async def give() -> ServedShard:
             await self._ownership.give(shard_id, heir)
+            self._at_rest.pop(shard_id, None)
             raise given
 
         load = self._begin_load(shard_id, give())
