@@ -12,6 +12,7 @@ from consume_world import EARLIEST, ConsumeClient
 
 from magnetar.broker.broker import Broker
 from magnetar.broker.layout import preferred_broker
+from magnetar.broker.served import Rest
 from magnetar.broker.shard import ServedShard
 from magnetar.metadata.records import Owner, ShardRecord
 from magnetar.metadata.shards import ShardMetadata
@@ -332,6 +333,18 @@ async def test_a_shard_at_rest_is_handed_over_and_deleted_wherever_it_is(pair: W
     request = admin_pb2.DeleteTopicRequest(topic=TOPIC)
     await connect(a).admin("DeleteTopic", request, admin_pb2.DeleteTopicResponse)
     assert not (await pair.cluster.store.range(KEYSPACE.shards_prefix())).items
+
+
+async def test_a_shard_that_is_wrongly_taken_for_one_at_rest_is_taken_over_all_the_same(pair: World) -> None:
+    a, b = pair.brokers
+    shard = pair.preferred_by(a)[0]
+    await a.shard(TOPIC, shard)
+    b.served._at_rest[shard] = Rest(0, 1)
+    await pair.cluster.kill(a)
+    await pair.cluster.end_session(a)
+    await eventually(lambda: b.view.recorded_owner(shard) == b.ownership.session)
+    await eventually(lambda: shard in b.served.at_rest)
+    assert b.served._at_rest[shard].epoch == 0
 
 
 async def test_another_brokers_claim_of_a_shard_at_rest_is_noticed(pair: World) -> None:

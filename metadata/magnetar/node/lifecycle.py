@@ -80,6 +80,7 @@ def limit_malloc_arenas() -> None:
 def run(main: Callable[[asyncio.Event], Coroutine[Any, Any, None]]) -> None:
     """Runs `main(stop)` on uvloop; SIGINT and SIGTERM set `stop`, a second one ends the process at once."""
     gc.set_threshold(*GC_THRESHOLDS)
+    gc.freeze()  # What was imported is there for good: no collection looks at it again.
     _allow_open_files()
     limit_malloc_arenas()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

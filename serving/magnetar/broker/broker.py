@@ -462,7 +462,7 @@ class Broker:
 
     def _owners_changed(self, shards: Iterable[int]) -> None:
         self._resolver.owners_changed(shards)
-        self.served.forget_rest(s for s in shards if self.view.recorded_owner(s) != self.ownership.session)
+        self._forget_rest_of_others(shards)
         self._mover.owners_changed(shards)
         self._drainer.changed()
         if self._serving:
@@ -479,8 +479,13 @@ class Broker:
 
     def _take_over(self, shards: Iterable[int]) -> None:
         # What is being opened now is among them: the claim was seen before the opening was done.
+        wanted = list(shards)
+        self._forget_rest_of_others(wanted)
         served, at_rest = self.served, self.served.at_rest
-        self._takeovers.want(s for s in shards if s not in at_rest and served.get(s) is None and not served.loading(s))
+        self._takeovers.want(s for s in wanted if s not in at_rest and served.get(s) is None and not served.loading(s))
+
+    def _forget_rest_of_others(self, shards: Iterable[int]) -> None:
+        self.served.forget_rest(s for s in shards if self.view.recorded_owner(s) != self.ownership.session)
 
     def _topic_changed(self, topic: str, record: TopicRecord | None) -> None:
         self._resolver.topic_changed(topic)
@@ -505,7 +510,7 @@ class Broker:
         for shard in self.served.of_topic(topic):
             changed = partial(shard.subscription_changed, name)
             self._spawn(partial(self._until_answered, changed), "subscription changed")
-        if record is None and self.ownership.session is not None:
+        if record is None and self.served.at_rest:
             self._spawn(partial(self._until_answered, partial(self._wake, topic)), "subscription deleted")
 
     async def _wake(self, topic: str) -> None:
