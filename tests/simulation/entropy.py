@@ -1,4 +1,4 @@
-"""Time and chance for everything in this process, from the seed alone.
+"""Time and chance for everything in this process, from the seed alone, and the names of host and process.
 
 The code under test takes both through its boundary; what a library, or a forgotten default, would take from the system
 is caught here. It replaces functions of the standard library, so it is for a process that runs one seed and ends.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import random
+import socket
 import time
 from typing import Any
 
@@ -15,6 +16,8 @@ from simulation.loop import SimulatedLoop
 
 EPOCH_S = 1_700_000_000
 """The time at which every simulated clock starts."""
+PID = 4711
+"""Clients tell it, and the sizes of frames stand in the transcript."""
 
 
 def take_over(seed: int, loop: SimulatedLoop) -> None:
@@ -29,6 +32,8 @@ def take_over(seed: int, loop: SimulatedLoop) -> None:
     random.seed(f"module {seed}")
     random.Random = SeededRandom  # type: ignore[misc]
     os.urandom = source.randbytes
+    os.getpid = lambda: PID
+    socket.gethostname = lambda: "simulated"
     random._urandom = source.randbytes  # type: ignore[attr-defined]
     for name in ("monotonic", "perf_counter"):
         setattr(time, name, loop.time)

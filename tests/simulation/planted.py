@@ -27,13 +27,13 @@ from magnetar.managed_log.cursor_ledger import CursorLedger
 from magnetar.managed_log.errors import Released
 from magnetar.metadata import copy_txns, shards
 from magnetar.metadata.copy_txns import CopyTxn, Stored, StoredTask
-from magnetar.metadata.records import CopyClaim
+from magnetar.metadata.records import CopyClaim, OperationState
 from magnetar.metadata.shards import ShardMetadata
 from magnetar.metadata.store import MetadataUnavailable, Put
-from magnetar.repair import runner
 from magnetar.repair.operation_txns import StoredOperation
 from magnetar.repair.operations import RunningOperation
 from magnetar.repair.replicator import Replicator
+from magnetar.repair.runner import Runner
 
 
 def recovery_without_fencing() -> None:
@@ -215,22 +215,17 @@ def cancelled_rebalancing_that_forgets_late_moves() -> None:
     RunningOperation._settle = planted  # type: ignore[method-assign]
 
 
-def tasks_of_a_cancelled_rebalancing() -> None:
-    """Who runs it goes on with what it has read, and its tasks compare only that it is elected."""
-    create_tasks, advance = runner.create_tasks, runner.Runner._advance
+def cancelled_rebalancing_that_is_taken_up_again() -> None:
+    """Who reads an operation that has not ended takes it for one that runs, and makes its tasks."""
+    load = Runner._load
 
-    def planted(keyspace: Any, operation_id: str, *arguments: Any) -> list[CopyTxn]:
-        txns = create_tasks(keyspace, operation_id, *arguments)
-        for txn in txns:
-            txn.compares = [c for c in txn.compares if c.key != keyspace.operation(operation_id)]
-        return txns
+    async def planted(self: Runner, stored: StoredOperation) -> Any:
+        held = await load(self, stored)
+        if held.core.operation.state is OperationState.CANCELLED:
+            held.core.operation = replace(held.core.operation, state=OperationState.RUNNING)
+        return held
 
-    async def planted_advance(self: runner.Runner, stored: StoredOperation, *arguments: Any) -> None:
-        held = self._running.get(stored.operation.operation_id)
-        await advance(self, stored if held is None else StoredOperation(stored.operation, held.revision), *arguments)
-
-    runner.create_tasks = planted
-    runner.Runner._advance = planted_advance  # type: ignore[method-assign]
+    Runner._load = planted  # type: ignore[method-assign]
 
 
 PLANTS: dict[str, Callable[[], None]] = {
@@ -248,5 +243,5 @@ PLANTS: dict[str, Callable[[], None]] = {
     "end of a copy that drops a concurrent change": end_of_a_copy_that_drops_a_concurrent_change,
     "collector that trusts a partial listing": collector_that_trusts_a_partial_listing,
     "cancelled rebalancing that forgets late moves": cancelled_rebalancing_that_forgets_late_moves,
-    "tasks of a cancelled rebalancing": tasks_of_a_cancelled_rebalancing,
+    "cancelled rebalancing that is taken up again": cancelled_rebalancing_that_is_taken_up_again,
 }
