@@ -190,6 +190,27 @@ async def collection(bookies: Any, metadata: MetadataStore, keyspace: Keyspace) 
     return Collection(await bookies.start(), metadata, keyspace)
 
 
+async def test_nobody_counts_on_what_was_read_while_it_was_being_collected(collection: Collection, writer: Any) -> None:
+    """A copy that comes back here would find the entries, take them for its own, and lose them."""
+    ledger = writer(7)
+    await collection.local.add(ledger.add(0))
+
+    async def outcome() -> EntryOutcome:
+        answer: EntryOutcome = (await collection.local.read(ledger.read(0, 0))).answers[0].outcome
+        return answer
+
+    assert await outcome() is EntryOutcome.HAVE
+    reading: list[asyncio.Task[EntryOutcome]] = []
+
+    async def read_meanwhile(key: str) -> None:
+        reading.append(asyncio.create_task(outcome()))
+        await asyncio.sleep(0)
+
+    collection.metadata.before_get = read_meanwhile
+    assert (await collection.collector.collect()).deleted == (7,)
+    assert {await task for task in reading} == {EntryOutcome.UNKNOWN}
+
+
 async def test_an_incomplete_listing_deletes_nothing(
     collection: Collection, records: Records, writer: Any, keyspace: Keyspace
 ) -> None:

@@ -31,6 +31,8 @@ READS_QUEUED_MAX = 4096
 READ_BYTES_MAX = (1 << 20) - (16 << 10)
 """Of the envelopes in one answer: a frame holds the answer and stays below 1 MiB."""
 
+COLLECTED = "ledger is being collected"
+
 log = structlog.get_logger("magnetar.bookie")
 
 _Waiting = tuple[ReadGroup, "asyncio.Future[ReadResult]"]
@@ -105,11 +107,15 @@ class Reads:
                 EntryQuery(g.ledger_id, g.first_entry, g.last_entry, min(max(g.max_bytes, 1), READ_BYTES_MAX))
                 for g, _ in waiting
             ]
+            # What is read now of such a ledger may be gone when it is answered, and a copy would count on it. If it is
+            # collected later, the records are looked at later, too: then whoever counts on it stands there.
+            going = {group.ledger_id for group, _ in waiting if self._conditions(group.ledger_id).collecting}
             found = await self._store.read(queries)
             await self._commits.settled(group.ledger_id for group, _ in waiting)
             for (group, future), read in zip(waiting, found, strict=True):
                 if not future.done():
-                    future.set_result(self._judge(group, read))
+                    collected = group.ledger_id in going
+                    future.set_result(unknown_read(COLLECTED) if collected else self._judge(group, read))
         except Exception as error:
             log.exception("reads failed")
             for _, future in waiting:
