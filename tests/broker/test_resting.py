@@ -240,9 +240,10 @@ async def test_messages_of_a_deleted_subscription_go_although_the_shard_is_at_re
     await rest(broker)
     assert len((await world.record()).segments) == 1
     await broker.topics.delete_subscription(TOPIC, "dropped")
-    await eventually(lambda: broker.served.get(shard) is not None)
-    await broker.served.trim()
-    assert (await world.record()).segments == ()
+    async with asyncio.timeout(PATIENCE_S):
+        while (await world.record()).segments:
+            await broker.served.trim()  # Another trim may be under way: then this one does nothing.
+            await asyncio.sleep(0.001)
 
 
 async def test_a_shard_at_rest_is_opened_when_its_messages_were_kept_long_enough(

@@ -126,12 +126,13 @@ async def memory_at_rest(cluster: Processes, before: dict[str, int]) -> Figures:
 
 async def crash(cluster: Processes, victim: str, survivor: str) -> Figures:
     own, lost = [await cluster.broker_metric(broker, "owned_shards") for broker in (survivor, victim)]
+    rested = await cluster.broker_metric(survivor, "shards_at_rest")
     requests, spent_s = await cluster.requests(), cpu_s(cluster.cluster.pid(survivor))
     killed = time.monotonic()
     await asyncio.to_thread(cluster.cluster.kill, victim)
     claimed = await cluster.until(survivor, "owned_shards", lambda owned: owned >= own + lost)
     claiming = await cluster.requests() - requests
-    settled = await cluster.until(survivor, "shards_at_rest", lambda at_rest: at_rest >= own + lost - 1)
+    settled = await cluster.until(survivor, "shards_at_rest", lambda at_rest: at_rest >= rested + lost - 1)
     settling = await cluster.requests() - requests
     print(f"the survivor took {cpu_s(cluster.cluster.pid(survivor)) - spent_s:.1f} s of CPU", file=sys.stderr)
     return {
