@@ -224,7 +224,7 @@ HAVE, NOT, UNKNOWN = EntryOutcome.HAVE, EntryOutcome.PROVABLY_NOT, EntryOutcome.
         (OPEN, ReadConditions(), TOKEN, HAVE, NOT),
         (FENCED, ReadConditions(), TOKEN, HAVE, NOT),
         (OPEN, ReadConditions(limbo=True), TOKEN, HAVE, UNKNOWN),
-        (OPEN, ReadConditions(collecting=True), TOKEN, HAVE, UNKNOWN),
+        (OPEN, ReadConditions(collecting=True), TOKEN, UNKNOWN, UNKNOWN),
         (replace(DELETED, stored=True), ReadConditions(), TOKEN, HAVE, UNKNOWN),
         (None, ReadConditions(), TOKEN, HAVE, NOT),
         (None, ReadConditions(limbo=True), TOKEN, HAVE, UNKNOWN),

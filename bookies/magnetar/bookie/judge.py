@@ -327,12 +327,14 @@ def _checksum(data: bytes) -> str:
 
 @dataclass(frozen=True, slots=True)
 class ReadConditions:
-    """`limbo`: durable entries of this ledger may be missing here. `collecting`: they may go at any moment."""
+    """`limbo`: durable entries of this ledger may be missing here. `collecting`: what stands here may go at any moment,
+    so that even that is not told: a copy that goes back here must not count it."""
 
     limbo: bool = False
     collecting: bool = False
 
 
+_COLLECTING = "ledger is being collected"
 _UNKNOWN = EntryAnswer(EntryOutcome.UNKNOWN)
 _PROVABLY_NOT = EntryAnswer(EntryOutcome.PROVABLY_NOT)
 
@@ -356,6 +358,8 @@ def judge_read(
         return unknown_read(mark.message)
     if mark is not None and mark.token != token:
         return unknown_read("ledger has another token")
+    if conditions.collecting:
+        return ReadResult((_UNKNOWN,) * len(values), _COLLECTING)
     doubt = _doubt(mark, conditions)
     absent = _UNKNOWN if doubt else _PROVABLY_NOT
     answers: list[EntryAnswer] = []
@@ -402,5 +406,5 @@ def _doubt(mark: LedgerMark | None, conditions: ReadConditions) -> str:
     if conditions.limbo:
         return "bookie is in limbo for this ledger"
     if conditions.collecting:
-        return "ledger is being collected"
+        return _COLLECTING
     return "ledger was deleted here" if mark is not None and mark.deleted_us else ""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import structlog
 
@@ -105,23 +106,29 @@ class Reads:
                 EntryQuery(g.ledger_id, g.first_entry, g.last_entry, min(max(g.max_bytes, 1), READ_BYTES_MAX))
                 for g, _ in waiting
             ]
+            before = [self._conditions(group.ledger_id) for group, _ in waiting]
             found = await self._store.read(queries)
             await self._commits.settled(group.ledger_id for group, _ in waiting)
-            for (group, future), read in zip(waiting, found, strict=True):
+            for (group, future), read, conditions in zip(waiting, found, before, strict=True):
                 if not future.done():
-                    future.set_result(self._judge(group, read))
+                    future.set_result(self._judge(group, read, conditions.collecting))
         except Exception as error:
             log.exception("reads failed")
             for _, future in waiting:
                 if not future.done():
                     future.set_result(unknown_read(f"read failed error=`{error}`"))
 
-    def _judge(self, group: ReadGroup, read: EntryRead) -> ReadResult:
-        """The remembered mark is as new as the last durable group; the one that was read is at most older."""
+    def _judge(self, group: ReadGroup, read: EntryRead, collecting: bool) -> ReadResult:
+        """The remembered mark is as new as the last durable group; the one that was read is at most older.
+
+        `collecting`: it was, before this was read; by now it may be deleted.
+        """
         remembered = self._commits.remembered(group.ledger_id)
         mark = read.mark if remembered is None else remembered.mark
         values = [verified(value, group.ledger_id, group.first_entry + n) for n, value in enumerate(read.values)]
-        result = judge_read(group.token, values, mark, self._conditions(group.ledger_id))
+        conditions = self._conditions(group.ledger_id)
+        conditions = replace(conditions, collecting=conditions.collecting or collecting)
+        result = judge_read(group.token, values, mark, conditions)
         self._count(values, result)
         return headers_of(result) if group.headers_only else result
 
