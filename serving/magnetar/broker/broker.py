@@ -456,6 +456,9 @@ class Broker:
         self._drainer.changed()
         if self._serving:
             self._take_over(self.ownership.to_open(shards))
+            for shard_id in self.ownership.doubtful(s for s in shards if self.served.get(s) is not None):
+                release = partial(self.served.release_claimed, shard_id)
+                self._spawn(partial(self._until_answered, release), "look whose a shard is")
 
     def _brokers_changed(self) -> None:
         self._resolver.everything_changed()
