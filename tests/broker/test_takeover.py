@@ -482,6 +482,17 @@ async def test_a_newer_connection_of_a_name_is_not_opened_at_a_broker_that_was_r
         assert (await at_b.error()).error.reason == common_pb2.ERROR_REASON_PRODUCER_FENCED
 
 
+async def test_a_living_owner_whose_shard_was_claimed_by_another_broker_serves_it_no_more(pair: Pair) -> None:
+    """Nobody uses the shard there: no bookie refuses anything."""
+    a, b, shard = pair.a, pair.b, pair.of_a
+    await a.shard(TOPIC, shard)
+    session = a.ownership.session
+    assert session is not None
+    await b.ownership.claim_from(shard, session)
+    await eventually(lambda: a.served.get(shard) is None)
+    assert a.ownership.session == session
+
+
 async def test_a_name_is_not_opened_while_the_store_does_not_say_whose_the_shard_is(
     pair: Pair, connect: Connect
 ) -> None:

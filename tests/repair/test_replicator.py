@@ -257,6 +257,24 @@ async def test_a_target_being_collected_takes_nothing_until_that_is_over(world: 
     await world.check_complete(5)
 
 
+async def test_what_stands_at_a_target_that_is_being_collected_does_not_count(world: RepairWorld) -> None:
+    """The collector looked at the records before the copy was claimed, and deletes after it was made."""
+    await world.start("abcd")
+    await world.put_ledger(closed_ledger(5, 20, (0, ("a", "b", "c"))))
+    await world.put_task(5, "a", "d")
+    await world.until_no_tasks()
+    world.bookies["a"].collector.collecting.add(5)
+    await world.put_task(5, "d", "a")
+
+    async def stalled() -> bool:
+        return "BUSY" in (await world.tasks())[0].problem
+
+    await world.until(stalled, "the target refuses, though it has all of it")
+    world.bookies["a"].collector.collecting.discard(5)
+    await world.until_no_tasks()
+    assert (await world.check_complete(5)).fragments == (Fragment(0, ("a", "b", "c")),)
+
+
 async def test_nothing_is_begun_while_repair_is_switched_off(world: RepairWorld) -> None:
     await world.start("abcd")
     await world.put_ledger(closed_ledger(5, 20, (0, ("a", "b", "c"))))

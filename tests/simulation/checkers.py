@@ -16,7 +16,7 @@ import itertools
 from collections import defaultdict
 
 from simulation.oracle import Oracle, SubscriptionOracle
-from simulation.workload import KEPT, TRIMMED, Workload, check_dense, place_of
+from simulation.workload import TOPICS, TRIMMED, Workload, check_dense, place_of
 from simulation.world import World
 
 from magnetar.client import EARLIEST, LATEST
@@ -53,7 +53,7 @@ async def verify(world: World, workload: Workload) -> None:
 
 async def _wait_for_replaced_owners(world: World, workload: Workload) -> None:
     """A broker whose shard was claimed by another one serves it until it hears of that: then it must stop."""
-    shards = [shard for topic in (KEPT, TRIMMED) for shard in sorted(await workload.shards_of(topic))]
+    shards = [shard for topic in TOPICS for shard in sorted(await workload.shards_of(topic))]
     deadline = world.loop.time() + HEALED_S
     while replaced := [shard for shard in shards if not world.served_alone(shard)]:
         if world.loop.time() > deadline:
@@ -63,7 +63,7 @@ async def _wait_for_replaced_owners(world: World, workload: Workload) -> None:
 
 async def _read_everything(world: World, oracle: Oracle) -> None:
     async with world.client(world.clients["verifier"]) as client:
-        ends = {topic: await _read(client, oracle, topic) for topic in (KEPT, TRIMMED)}
+        ends = {topic: await _read(client, oracle, topic) for topic in TOPICS}
         check_stored(oracle, ends)
         drains = [_drain(client, oracle, each, ends[each.topic]) for each in oracle.subscriptions.values()]
         await asyncio.gather(*drains)

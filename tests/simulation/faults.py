@@ -15,6 +15,8 @@ HOUR_US = 3_600_000_000
 STORMS_S = (1.0, 4.0, 8.0, 16.0)
 CALM_S = 6.0
 KINDS_AT_ONCE = 4
+BREAK_S = 0.02
+"""For both ends to hear of a broken connection."""
 
 Strike = Callable[[World, random.Random], Awaitable[None]]
 
@@ -106,6 +108,30 @@ async def usurp(world: World, rng: random.Random) -> None:
         world.network.cut(source, target)
     await _end_session(world, name)
     await _cut(world, rng, [*pairs, *((name, other) for other in others)])
+
+
+async def split(world: World, rng: random.Random) -> None:
+    """Brokers and clients are on two sides; bookies and the store serve both. One side's session ends unheard."""
+    name, behind = rng.choice(world.brokers()), world.metadata.faults.behind
+    near, far = [name], [other for other in world.brokers() if other != name]
+    for client in sorted(world.clients):
+        rng.choice([near, far]).append(client)
+    for one in near:
+        for other in far:
+            world.network.lose(one, other)
+    behind.add(name)
+    await _end_session(world, name)
+    await asyncio.sleep(BREAK_S)
+    await _cut(world, rng, [pair for one in near for other in far for pair in ((one, other), (other, one))])
+    behind.discard(name)
+
+
+async def still_streams(world: World, rng: random.Random) -> None:
+    """A server's watches and keepalives stand still; the store answers its calls all the same."""
+    name, behind = rng.choice(list(world.hosts)), world.metadata.faults.behind
+    behind.add(name)
+    await asyncio.sleep(_long(rng))
+    behind.discard(name)
 
 
 async def swizzle(world: World, rng: random.Random) -> None:
@@ -213,6 +239,8 @@ KINDS: dict[str, tuple[Strike, float]] = {
     "cut one": (cut_one, 1.0),
     "cut metadata": (cut_metadata, 1.0),
     "usurp": (usurp, 1.0),
+    "split": (split, 1.0),
+    "still streams": (still_streams, 1.0),
     "swizzle": (swizzle, 3.0),
     "break connections": (break_connections, 1.0),
     "slow host": (slow_host, 1.0),
@@ -277,8 +305,8 @@ class Faults:
     def _mend(self) -> None:
         world = self._world
         world.network.heal_all()
-        faults = world.metadata.faults
-        faults.lost_request = faults.lost_answer = faults.reset = world.reachable.again_chance = 0.0
+        world.metadata.faults.mend()
+        world.reachable.again_chance = 0.0
         for disk in world.disks.values():
             disk.mend()
         for name in [*world.hosts, *world.clients, world.metadata.process.name]:

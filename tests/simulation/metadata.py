@@ -34,6 +34,8 @@ from magnetar.metadata.store import (
 
 CALL_S = 3.0
 """After which a call has no answer."""
+LOOK_S = 0.05
+"""How soon a stream that stood still goes on."""
 KEEPALIVES_PER_LEASE = 3
 JUDGED_LOST_AT = 0.9
 """Of a lease's time since the call that last prolonged it."""
@@ -48,6 +50,12 @@ class MetadataFaults:
         self.lost_request = 0.0
         self.lost_answer = 0.0
         self.reset = 0.0
+        self.behind: set[str] = set()
+        """Processes whose streams stand still, watches and keepalives, though calls of theirs are answered."""
+
+    def mend(self) -> None:
+        self.lost_request = self.lost_answer = self.reset = 0.0
+        self.behind.clear()
 
 
 class MetadataServer:
@@ -110,6 +118,8 @@ class SimulatedMetadata:
         return SimulatedLease(self, self._network, lease_id, ttl_s, asked_at)
 
     async def keep_alive(self, lease_id: int) -> float:
+        while self._process.name in self._server.faults.behind:  # noqa: ASYNC110  # waiting costs nothing
+            await asyncio.sleep(LOOK_S)
         return await self._ask("keepalive", lease_id, lambda: self._server.store.keep_alive(lease_id))
 
     async def revoke(self, lease_id: int) -> None:
@@ -231,6 +241,8 @@ class SimulatedWatch:
         async for event in self._far_end:
             if isinstance(event, Changes) and server.rng.random() < server.faults.reset:
                 event = Reset()
+            while self._process.name in server.faults.behind:  # noqa: ASYNC110  # waiting costs nothing
+                await asyncio.sleep(LOOK_S)
             self._pipe.send(self._arrived, event)
             if isinstance(event, Reset):
                 self._far_end.end()

@@ -163,11 +163,15 @@ class Pipe:
         self._due = 0.0
 
     def send(self, deliver: Callable[..., None], *arguments: Any) -> None:
-        network = self._network
-        now = network.loop.time()
-        self._due = max(self._due, now + network.delay_s(self._source, self._target.name))
         self._under_way.append((deliver, arguments))
-        network.loop.call_at(self._due, self._arrive, context=self._target.context)
+        self._arrive_later()
+
+    def _arrive_later(self) -> None:
+        network, target = self._network, self._target
+        due = network.loop.time() + network.delay_s(self._source, target.name)
+        if due > self._due:
+            self._due = due
+        network.loop.call_at(self._due, self._arrive, context=target.context)
 
     def lose_some(self) -> None:
         """Of what is under way, any number of the first arrive."""
@@ -178,15 +182,10 @@ class Pipe:
     def _arrive(self) -> None:
         network = self._network
         if network.is_cut(self._source, self._target.name):
-            network.hold(self._source, self._target.name, self._again)
+            network.hold(self._source, self._target.name, self._arrive_later)
         elif self._under_way:
             deliver, arguments = self._under_way.popleft()
             deliver(*arguments)
-
-    def _again(self) -> None:
-        network = self._network
-        self._due = max(self._due, network.loop.time() + network.delay_s(self._source, self._target.name))
-        network.loop.call_at(self._due, self._arrive, context=self._target.context)
 
 
 class Circuit:

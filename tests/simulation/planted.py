@@ -19,6 +19,7 @@ from magnetar.bookie.handlers import BookieHandlers
 from magnetar.bookie.judge import Fence, Remove
 from magnetar.broker import served
 from magnetar.broker.dedup import ProducerTable
+from magnetar.broker.shard import ServedShard
 from magnetar.ledger.errors import LedgerLost
 from magnetar.ledger.recoverer import Recoverer
 from magnetar.ledger.recovery import AskEntries, AskLac
@@ -112,7 +113,7 @@ def cursor_deltas_answered_before_the_linking_txn() -> None:
         await self._shard.change(self._make_current)
         if self._handle is not None:
             self._handle.abandon()
-        self._handle, self._broken = new, False
+        self._handle, self._broken, self._roll_wanted = new, False, False
 
     CursorLedger._roll = planted  # type: ignore[method-assign]
 
@@ -228,6 +229,13 @@ def cancelled_rebalancing_that_is_taken_up_again() -> None:
     Runner._load = planted  # type: ignore[method-assign]
 
 
+def name_opened_at_a_replaced_owner() -> None:
+    async def planted(self: ServedShard) -> None:
+        self.check_served()
+
+    ServedShard.check_owned = planted  # type: ignore[method-assign]
+
+
 PLANTS: dict[str, Callable[[], None]] = {
     "recovery reads without fencing": recovery_without_fencing,
     "fencing read answered on arrival": fence_answered_on_arrival,
@@ -239,6 +247,7 @@ PLANTS: dict[str, Callable[[], None]] = {
     "next ledger written before the last add is acked": next_ledger_written_before_the_last_ack,
     "claim that compares only the shard record": claim_that_compares_only_the_shard_record,
     "collector that does not refuse adds": collector_that_does_not_refuse_adds,
+    "name opened at a replaced owner": name_opened_at_a_replaced_owner,
     "copy without a claim": copy_without_a_claim,
     "end of a copy that drops a concurrent change": end_of_a_copy_that_drops_a_concurrent_change,
     "collector that trusts a partial listing": collector_that_trusts_a_partial_listing,

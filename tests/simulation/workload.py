@@ -10,7 +10,7 @@ import asyncio
 import math
 import random
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -38,6 +38,9 @@ from magnetar.metadata.codec import decode_topic
 KEPT = "public/default/kept"
 """A subscription that nobody acknowledges keeps all of it."""
 TRIMMED = "public/default/trimmed"
+QUIET = "public/default/quiet"
+"""Kept, too. Nobody writes to it but rivals, in some seeds: bookies do not tell its owner soon that it was replaced."""
+TOPICS = (KEPT, QUIET, TRIMMED)
 HOLD = "hold"
 CALLS = 500
 KEYS = 12
@@ -56,10 +59,13 @@ class Scene:
     calls: int
     pause_s: float
     shards: dict[str, int]
+    contested: str
+    """The topic in which two contend for a producer's name."""
 
     @classmethod
     def draw(cls, rng: random.Random, calls: int = CALLS) -> Scene:
-        return cls(calls, rng.choice([0.2, 0.5, 0.8]), {KEPT: rng.choice([1, 2, 3]), TRIMMED: rng.choice([1, 2])})
+        shards = {KEPT: rng.choice([1, 2, 3]), TRIMMED: rng.choice([1, 2]), QUIET: 1}
+        return cls(calls, rng.choice([0.2, 0.5, 0.8]), shards, rng.choice([KEPT, QUIET]))
 
 
 SUBSCRIPTIONS = (
@@ -67,6 +73,7 @@ SUBSCRIPTIONS = (
     (KEPT, "stream", "stream"),
     (KEPT, "keys", "queue"),
     (KEPT, "seeks", "stream"),
+    (QUIET, HOLD, "queue"),
     (TRIMMED, "queue", "queue"),
     (TRIMMED, "audit", "stream"),
 )
@@ -97,9 +104,9 @@ class Workload:
             self._add(f"queue{number}", lambda actor: Consuming(actor, TRIMMED, "queue"))
         self._add("audit", lambda actor: Consuming(actor, TRIMMED, "audit"))
         self._add("seeks", lambda actor: Consuming(actor, KEPT, "seeks"))
-        holdings: list[Holding] = []
+        rivals = Rivals(scene.contested)
         for number in range(2):
-            self._add(f"rival{number}", lambda actor: Rivalling(actor, holdings))
+            self._add(f"rival{number}", lambda actor: Rivalling(actor, rivals))
         self._add("reader", Reading)
         self._add("admin", Administering)
 
@@ -309,6 +316,12 @@ class Holding:
     opened: float = math.inf
 
 
+@dataclass(frozen=True, slots=True)
+class Rivals:
+    topic: str
+    holdings: list[Holding] = field(default_factory=list)
+
+
 class Rivalling:
     """One of two that take the same producer's name from each other.
 
@@ -317,9 +330,10 @@ class Rivalling:
 
     errors = (ProducerFenced,)
 
-    def __init__(self, actor: Actor, holdings: list[Holding]) -> None:
+    def __init__(self, actor: Actor, rivals: Rivals) -> None:
         self._actor = actor
-        self._holdings = holdings
+        self._topic = rivals.topic
+        self._holdings = rivals.holdings
         self._next = 0
 
     async def live(self, client: Client) -> None:
@@ -328,7 +342,7 @@ class Rivalling:
             return
         mine = Holding(actor.oracle.now())
         self._holdings.append(mine)
-        async with client.producer(KEPT, name="rival") as producer:
+        async with client.producer(self._topic, name="rival") as producer:
             mine.opened = actor.oracle.now()
             while actor.take():
                 now = actor.oracle.now()
@@ -337,7 +351,7 @@ class Rivalling:
                 payload = f"{actor.name}:{self._next}:{'fenced' if fenced else ''}".encode()
                 label = f"{actor.name}.{mine.began}"
                 actor.oracle.sending(
-                    payload, Sent(label, self._next, KEPT, None, ordered=True, unnumbered="rival", fenced=fenced)
+                    payload, Sent(label, self._next, self._topic, None, ordered=True, unnumbered="rival", fenced=fenced)
                 )
                 place = await producer.send(payload)
                 actor.oracle.confirmed(payload, place.shard, place.offset)

@@ -31,6 +31,7 @@ from magnetar.broker.broker import Broker
 from magnetar.broker.peers import Peers
 from magnetar.client.client import Client
 from magnetar.ledger.bookie_directory import BookieDirectory
+from magnetar.managed_log.settings import LogSettings
 from magnetar.metadata.keyspace import Keyspace
 from magnetar.metadata.records import BookieRegistration
 from magnetar.metadata.store import MetadataError
@@ -56,6 +57,7 @@ class Shape:
     lease_s: float = 2.0
     segment_bytes: int = 64 << 10
     segment_s: float = 30.0
+    cursor_ledger_bytes: int = 4 << 20
     gc_interval_s: float = 10.0
     rest_after_s: float = 3600.0
     trim_interval_s: float = 5.0
@@ -301,8 +303,6 @@ class World:
             ensemble_size=shape.write_quorum,
             write_quorum=shape.write_quorum,
             ack_quorum=shape.ack_quorum,
-            segment_bytes=shape.segment_bytes,
-            segment_s=shape.segment_s,
             lease_s=shape.lease_s,
             rest_after_s=shape.rest_after_s,
             trim_interval_s=shape.trim_interval_s,
@@ -319,6 +319,12 @@ class World:
             rng=random.Random(f"broker {name} {self.seed} {self.loop.time()}"),
             serve=server_at(self.network, self.listeners, process),
             peers=Peers(lambda address: SimulatedChannel(self.network, process, self.listeners, address)),
+            log_settings=LogSettings(
+                segment_bytes=shape.segment_bytes,
+                segment_s=shape.segment_s,
+                cursor_ledger_bytes=shape.cursor_ledger_bytes,
+                cursor_ledger_snapshots=1,
+            ),
         )
 
     def counted(self, counter: str) -> int:

@@ -110,9 +110,13 @@ class Broker:
         rng: random.Random | None = None,
         serve: Serve = serve,
         peers: Peers | None = None,
+        log_settings: LogSettings | None = None,
         http_address: str = "",
     ) -> Self:
-        """Serves on return. Raises ListenError, IdInUse, MetadataError."""
+        """Serves on return; `log_settings` are as the settings say, if none are given.
+
+        Raises ListenError, IdInUse, MetadataError.
+        """
         broker = cls(
             settings,
             store,
@@ -123,6 +127,7 @@ class Broker:
             rng or random.Random(),
             serve,
             peers or Peers(),
+            log_settings or _log_settings(settings),
         )
         try:
             await broker._start(http_address)
@@ -142,6 +147,7 @@ class Broker:
         rng: random.Random,
         serve: Serve,
         peers: Peers,
+        log_settings: LogSettings,
     ) -> None:
         self.settings = settings
         self._rng = rng
@@ -165,7 +171,7 @@ class Broker:
             on_lost=self._session_lost,
         )
         ledgers = LedgerClient(bookies, now_us=now_us, rng=rng, settings=_ledger_settings(settings))
-        parts = LogParts(ledgers, ids, ReadCache(settings.cache_bytes), _log_settings(settings), now_us)
+        parts = LogParts(ledgers, ids, ReadCache(settings.cache_bytes), log_settings, now_us)
         self.served = ServedShards(
             self.ownership,
             self.topics,
@@ -467,6 +473,9 @@ class Broker:
         self._drainer.changed()
         if self._serving:
             self._take_over(self.ownership.to_open(shards))
+            for shard_id in self.ownership.doubtful(s for s in shards if self.served.get(s) is not None):
+                release = partial(self.served.release_claimed, shard_id)
+                self._spawn(partial(self._until_answered, release), "look whose a shard is")
 
     def _brokers_changed(self) -> None:
         self._resolver.everything_changed()

@@ -214,6 +214,17 @@ class Ownership:
                 found.append(shard_id)
         return found
 
+    def doubtful(self, shards: Iterable[int]) -> list[int]:
+        """Those of these shards that the records give to another broker, as the watches see it.
+
+        A shard may be claimed from an owner that lives, if it is silent to who is to have it. Of one whose session is
+        over nothing is said: it finds out with its next session, or from its bookies.
+        """
+        if self._session is None:
+            return []
+        owners = {shard_id: self._view.recorded_owner(shard_id) for shard_id in shards}
+        return [shard_id for shard_id, owner in owners.items() if owner and owner.broker_id != self.broker_id]
+
     def _is_to_be_claimed(self, shard_id: int, owner: Owner) -> bool:
         session = self._session
         return (

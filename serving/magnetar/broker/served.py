@@ -16,6 +16,7 @@ import asyncio
 import gc
 import itertools
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -490,6 +491,13 @@ class ServedShards:
                 self._released(shard, Released(None, "the shard was taken over"))
 
         await self._for_each(one)
+
+    async def release_claimed(self, shard_id: int) -> None:
+        """Releases the shard if its record gives it to another broker. Raises MetadataUnavailable."""
+        shard = self._served.get(shard_id)
+        if shard is not None:
+            with suppress(Refused):
+                await shard.check_owned()
 
     async def renew(self, session: Owner) -> None:
         """Puts the broker's new session into the records of what it serves. What somebody else claimed is released."""

@@ -28,9 +28,6 @@ from magnetar.managed_log.owned_shard import OwnedShard, Retry
 from magnetar.metadata.records import LedgerPurpose, LedgerRecord, ShardRecord
 from magnetar.metadata.shards import ShardChange
 
-SNAPSHOTS_PER_LEDGER = 4
-"""A cursor ledger holds at least so many times the bytes of its snapshot, so that large states are not copied often."""
-
 ProducerSnapshot = Callable[[], tuple[list[bytes], int]]
 
 
@@ -200,7 +197,8 @@ class CursorLedger:
         return record.cursor_ledger == 0 and not record.inline_cursors
 
     def _is_full(self, handle: WriteHandle) -> bool:
-        limit = max(self._shard.settings.cursor_ledger_bytes, SNAPSHOTS_PER_LEDGER * self._snapshot_bytes)
+        settings = self._shard.settings
+        limit = max(settings.cursor_ledger_bytes, settings.cursor_ledger_snapshots * self._snapshot_bytes)
         return handle.length >= limit or bool(handle.wants_roll) or self._roll_wanted
 
     def _must_roll(self, handle: WriteHandle) -> bool:

@@ -16,7 +16,8 @@ class LogSettings:
     max_in_flight_bytes      of entries sent and not confirmed
     entry_bytes              of the batches grouped into one entry; a larger batch is an entry of its own
     entries_before_grouping  so many small entries may be in flight; beyond it, batches wait until they fill one
-    cursor_ledger_bytes      a cursor ledger is rolled at this size, or a multiple of its snapshot
+    cursor_ledger_bytes      a cursor ledger is rolled at this size, or
+    cursor_ledger_snapshots  at so many times the bytes of its snapshot, so that large states are not copied often
     inline_bytes             cursors up to this size go into the shard record at a clean close
     read_bytes               what one read asks of bookies
     read_ahead_max           reads in progress beyond which nothing is read ahead
@@ -34,6 +35,7 @@ class LogSettings:
     entry_bytes: int = (1 << 20) - 4096
     entries_before_grouping: int = 2
     cursor_ledger_bytes: int = 4 << 20
+    cursor_ledger_snapshots: int = 4
     inline_bytes: int = 1024
     read_bytes: int = 1 << 20
     read_ahead_max: int = 4
