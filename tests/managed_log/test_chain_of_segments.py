@@ -164,7 +164,8 @@ def test_bytes_above_an_offset_count_parts_of_segments() -> None:
         ({"size_bytes": 1, "waiting": True}, 60, RollStep.LINK_AHEAD),
         ({"size_bytes": 1, "next_linked": True}, 60, RollStep.SWITCH),
         ({"size_bytes": 1, "asked": True}, 0, RollStep.CLOSE),
-        ({"size_bytes": 0, "asked": True}, 0, RollStep.STAY),
+        ({"size_bytes": 0, "asked": True}, 0, RollStep.CLOSE),
+        ({"size_bytes": 0, "asked": True, "next_linked": True}, 0, RollStep.SWITCH),
     ],
 )
 def test_a_segment_ends_when_it_is_full_old_or_wanted(changes: dict[str, Any], now_us: int, step: RollStep) -> None:

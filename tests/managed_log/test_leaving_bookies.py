@@ -104,6 +104,7 @@ async def test_idle_ledgers_end_whose_member_cannot_be_replaced(four_bookies: Cl
     cluster = four_bookies
     owner = await cluster.open(settings=QUICK)
     await append_some(owner)
+    await owner.log._appender._link_ahead()
     await owner.log.create_cursor("s", 1, SubscriptionType.QUEUE, 0)
     open_now = await open_ledgers(cluster)
     newer = max(ledger.ledger_id for ledger in open_now) + 1

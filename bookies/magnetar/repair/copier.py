@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 
 import structlog
@@ -19,8 +20,10 @@ from magnetar.repair.copying import (
     verified_prefix,
 )
 
-CHUNK_BYTES = 512 << 10
-"""Read and added at once. More would make producers wait longer behind it."""
+CHUNK_S = 0.025
+CHUNK_BYTES_MIN = 256 << 10
+CHUNK_BYTES_MAX = 1 << 20
+"""Read and added at once: what the rate allows in CHUNK_S. More would make producers wait longer behind it."""
 COMPARED_BYTES = 1 << 20
 """Of entries whose headers are read at once."""
 
@@ -30,6 +33,8 @@ log = structlog.get_logger("magnetar.repair")
 class Copier:
     """One copy: `run` it once.
 
+    turn      held while a chunk is moved: two chunks at once would make producers wait behind both
+    rate      bytes a second that are allowed
     pace      returns when more may be moved; told what was moved just before
     wanted    False: somebody decided otherwise, the copy stops
     """
@@ -40,6 +45,8 @@ class Copier:
         task: CopyTask,
         target: BookieRpc,
         bookies: Bookies,
+        turn: asyncio.Lock,
+        rate: Callable[[], float],
         pace: Callable[[int, int], Awaitable[None]],
         wanted: Callable[[], bool],
     ) -> None:
@@ -47,6 +54,8 @@ class Copier:
         self._task = task
         self._target = target
         self._bookies = bookies
+        self._turn = turn
+        self._rate = rate
         self._pace = pace
         self._wanted = wanted
 
@@ -120,21 +129,26 @@ class Copier:
         return sorted((*sources[turn:], *sources[:turn]), key=lambda bookie: bookie not in living)
 
     async def _copy(self, run: Run, first: int, last: int) -> int:
-        self._check_wanted()
-        entries = await self._fetch(run, first, last)
+        async with self._turn:
+            self._check_wanted()
+            entries = await self._fetch(run, first, last)
+            await self._store(first, entries)
+        await self._pace(len(entries), sum(map(len, entries)))
+        return len(entries)
+
+    async def _store(self, first: int, entries: tuple[bytes, ...]) -> None:
         record = self._record
         group = AddGroup(record.ledger_id, record.epoch, record.token, entries, recovery=True)
         result = await self._target.add(group)
         if result.status is not AddStatus.OK:
             raise CopyStalled(f"the target refuses an entry: {result.status.name} {result.message}".rstrip())
         await self._verify(first, entries)
-        await self._pace(len(entries), sum(map(len, entries)))
-        return len(entries)
 
     async def _fetch(self, run: Run, first: int, last: int) -> tuple[bytes, ...]:
         said: dict[str, str] = {}
+        chunk_bytes = max(CHUNK_BYTES_MIN, min(round(self._rate() * CHUNK_S), CHUNK_BYTES_MAX))
         for source in self._order(run.sources):
-            result = await self._bookies.rpc(source).read(self._read(first, last, CHUNK_BYTES))
+            result = await self._bookies.rpc(source).read(self._read(first, last, chunk_bytes))
             entries = verified_prefix(self._record.ledger_id, first, result.answers)
             if entries:
                 return entries

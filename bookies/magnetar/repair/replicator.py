@@ -95,6 +95,7 @@ class Replicator:
         self._pauses: dict[Key, _Pause] = {}
         self._running: dict[Key, asyncio.Task[None]] = {}
         self._changed = asyncio.Event()
+        self._turn = asyncio.Lock()
         self._throttle = Throttle(self.settings.bytes_per_s, 0.0)
         self._operation_rates = OperationRates()
         self._root: asyncio.Task[None] | None = None
@@ -285,11 +286,14 @@ class Replicator:
             self._metrics.copied_bytes.labels(self._bookie_id, task.reason.name.lower()).inc(size_bytes)
             await self._keep_to_the_rate(task)
 
+        def rate() -> float:
+            return self._throttle_of(task).bytes_per_s
+
         def wanted() -> bool:
             current = self._tasks.get(key)
             return current is not None and current.target == self._bookie_id
 
-        return Copier(ledger.record, task, self._target, self._bookies, pace, wanted)
+        return Copier(ledger.record, task, self._target, self._bookies, self._turn, rate, pace, wanted)
 
     async def _keep_to_the_rate(self, task: CopyTask) -> None:
         pause_s = self._throttle_of(task).wait_s(self._now())

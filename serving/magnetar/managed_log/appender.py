@@ -184,7 +184,7 @@ class Appender:
         self._wake_if_due()
 
     def end_segment(self) -> None:
-        """The open segment is to be ended soon, to free its space. Does nothing to an empty one."""
+        """The open segment is to be ended soon: to free its space, or to leave its bookies. An empty one goes."""
         self._end_asked = True
         self._wake_if_due()
 

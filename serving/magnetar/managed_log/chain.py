@@ -268,10 +268,10 @@ class OpenSegment:
 
 
 def roll_step(rules: RollRules, segment: OpenSegment, now_us: int) -> RollStep:
-    """What to do next about the open segment. An empty one is never left for its age."""
+    """What to do next about the open segment. An empty one is left only if that is asked for, never for its age."""
     full = segment.size_bytes >= rules.segment_bytes or segment.exhausted
     old = now_us - segment.opened_us >= rules.segment_us
-    if full or ((old or segment.asked) and segment.size_bytes > 0):
+    if full or segment.asked or (old and segment.size_bytes > 0):
         if segment.next_linked:
             return RollStep.SWITCH
         return RollStep.LINK_AHEAD if full or segment.waiting else RollStep.CLOSE
