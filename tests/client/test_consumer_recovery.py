@@ -139,6 +139,18 @@ async def test_a_consumer_whose_shard_moves_while_it_closes_is_closed_all_the_sa
     assert shard.subscriptions["s"].floor == 10
 
 
+async def test_acknowledgements_that_were_dropped_with_their_handle_are_sent_again_before_it_is_closed(
+    cluster: ScriptedCluster, client: Client, shard: Shard
+) -> None:
+    fates = [Fate.DROP]
+    async with client.stream_consumer("clicks", subscription="s", start=EARLIEST) as consumer:
+        messages = await take(consumer, 10)
+        cluster.on_ack = lambda: fates.pop() if fates else Fate.STORE
+        consumer.ack(messages[-1])
+    assert not fates
+    assert shard.subscriptions["s"].floor == 10
+
+
 async def test_a_reader_sent_to_an_owner_that_was_replaced_waits_for_the_right_one(
     cluster: ScriptedCluster, broker: ScriptedBroker, client: Client, shard: Shard
 ) -> None:

@@ -79,7 +79,7 @@ class Simulation:
             lease_s=rng.choice([1.0, 2.0, 5.0]),
             segment_s=rng.choice([3.0, 10.0, 3600.0]),
             gc_interval_s=rng.choice([0.5, 0.5, 5.0, 60.0]),
-            cursor_ledger_bytes=rng.choice([1_000, 4_000, 4 << 20]),
+            cursor_ledger_bytes=rng.choice([300, 300, 4 << 20]),
         )
         scene = Scene.draw(rng, calls)
         self.repairs = shape.gc_interval_s < 1.0 and rng.random() < REPAIRED_SEEDS

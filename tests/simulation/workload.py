@@ -60,12 +60,12 @@ class Scene:
     pause_s: float
     shards: dict[str, int]
     contested: str
-    """The topic in which two contend for a producer's name."""
+    """The topic in which some contend for a producer's name."""
 
     @classmethod
     def draw(cls, rng: random.Random, calls: int = CALLS) -> Scene:
         shards = {KEPT: rng.choice([1, 2, 3]), TRIMMED: rng.choice([1, 2]), QUIET: 1}
-        return cls(calls, rng.choice([0.2, 0.5, 0.8]), shards, rng.choice([KEPT, QUIET]))
+        return cls(calls, rng.choice([0.2, 0.5, 0.8]), shards, rng.choice([KEPT, QUIET, QUIET]))
 
 
 SUBSCRIPTIONS = (
@@ -105,7 +105,7 @@ class Workload:
         self._add("audit", lambda actor: Consuming(actor, TRIMMED, "audit"))
         self._add("seeks", lambda actor: Consuming(actor, KEPT, "seeks"))
         rivals = Rivals(scene.contested)
-        for number in range(2):
+        for number in range(3):
             self._add(f"rival{number}", lambda actor: Rivalling(actor, rivals))
         self._add("reader", Reading)
         self._add("admin", Administering)
@@ -323,9 +323,9 @@ class Rivals:
 
 
 class Rivalling:
-    """One of two that take the same producer's name from each other.
+    """One of some that take the same producer's name from each other.
 
-    From the return of one's opening on, what the other begins to send is refused, if it was opened before that began.
+    From the return of one's opening on, what another begins to send is refused, if it was opened before that began.
     """
 
     errors = (ProducerFenced,)

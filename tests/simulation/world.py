@@ -323,7 +323,7 @@ class World:
                 segment_bytes=shape.segment_bytes,
                 segment_s=shape.segment_s,
                 cursor_ledger_bytes=shape.cursor_ledger_bytes,
-                cursor_ledger_snapshots=1,
+                cursor_ledger_snapshots=0,
             ),
         )
 

@@ -224,6 +224,9 @@ class SubscriptionFeed(Feed):
     def _finished(self, result: broker_pb2.AckResult) -> None:
         if self._finish is not None and self._finish_id == result.request_id:
             refused = Refused.of(result.error) if result.HasField("error") else None
+            if refused is None and self._acks:
+                # The shard was released before they came: the broker dropped them, and knew of nothing to close.
+                refused = unavailable("acknowledgements were not answered before their handle was closed")
             if refused is not None and not refused.final:
                 # What is not known to be durable is sent to the next owner, and then this is asked for again.
                 self._cut(refused)
