@@ -15,8 +15,8 @@ help: ## List the recipes
 demo: $(VENV)/.server ## Publish and read 27,004 real flights, kill the server, check that all is still there
 	$(BIN)/python tests/demo.py
 
-test: $(VENV)/.dev ## The fast test suite
-	$(BIN)/python -m pytest
+test: $(VENV)/.dev ## The fast test suite, in two processes
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 cluster-test: $(VENV)/.dev ## Kill, pause, cut off and fill a cluster of real processes under load; ONLY= names some tests
 	$(BIN)/python -m pytest -s $(or $(ONLY),tests/cluster)

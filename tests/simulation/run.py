@@ -47,6 +47,7 @@ REBALANCED_SEEDS = 0.3
 SHORT_SEGMENT_S = 1.0
 """In these: so that there are ledgers to move."""
 ALL_PLANTS = "all"
+TOLD_EVERY = 500
 FAULTS_S = 40.0
 """Virtual seconds after which faults end, if the calls are not used up before."""
 SEED_BITS = 40
@@ -286,6 +287,8 @@ def run_many(first: int, arguments: argparse.Namespace) -> int:
         done += 1
         if transcripts.setdefault(outcome.seed, outcome.digest) != outcome.digest:
             outcome = replace(outcome, violation="determinism: one seed has two transcripts")
+        if done % TOLD_EVERY == 0:
+            print(f"{done} seeds, {len(failed)} failed", flush=True)
         cpu_s += outcome.cpu_s
         virtual_s += outcome.virtual_s
         if outcome.violation:
