@@ -6,7 +6,7 @@ more waits until it is paid back. The rate is held over any while that is long a
 
 from __future__ import annotations
 
-BURST_S = 0.1
+BURST_S = 0.05
 """What was not used is kept for so long, unless told otherwise."""
 
 
