@@ -17,9 +17,10 @@ from magnetar.broker.broker import Broker
 from magnetar.broker.hand_off import Expectation, Source, Step
 from magnetar.broker.layout import preferred_broker
 from magnetar.broker.loads import ShardLoad
-from magnetar.metadata.records import LedgerState, ShardRecord
+from magnetar.metadata.codec import encode_drain
+from magnetar.metadata.records import Drain, LedgerState, ShardRecord
 from magnetar.metadata.shards import ShardMetadata
-from magnetar.metadata.store import Compare, Operation, TxnResult
+from magnetar.metadata.store import Compare, Operation, Put, TxnResult
 from magnetar.node.rpc import Refused
 from magnetar.v1 import admin_pb2, common_pb2
 
@@ -406,6 +407,15 @@ async def test_a_drained_broker_hands_everything_over_and_takes_nothing_until_it
         if preferred_broker(shard.shard_id, ["a", "b"]) == "a"
     ]
     await a.shard("public/default/later", mine[0])
+
+
+async def test_of_two_drained_brokers_neither_hands_to_the_other(pair: Pair) -> None:
+    a, b = pair.a, pair.b
+    wishes: list[Operation] = [Put(KEYSPACE.broker_drain(name), encode_drain(Drain(name))) for name in ("a", "b")]
+    await pair.cluster.store.txn([], wishes)
+    await eventually(lambda: all(one.view.drained(name) for one in (a, b) for name in ("a", "b")))
+    assert a._drainer._shards() == b._drainer._shards() == set()
+    assert a.ownership.successor(pair.shard) is not None, "one that stops hands over all the same"
 
 
 async def test_the_wish_to_drain_a_broker_outlives_it(pair: Pair) -> None:

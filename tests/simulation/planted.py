@@ -218,15 +218,15 @@ def cancelled_rebalancing_that_forgets_late_moves() -> None:
 
 def cancelled_rebalancing_that_is_taken_up_again() -> None:
     """Who reads an operation that has not ended takes it for one that runs, and makes its tasks."""
-    load = Runner._load
+    held_before = Runner._held
 
     async def planted(self: Runner, stored: StoredOperation) -> Any:
-        held = await load(self, stored)
+        held = await held_before(self, stored)
         if held.core.operation.state is OperationState.CANCELLED:
             held.core.operation = replace(held.core.operation, state=OperationState.RUNNING)
         return held
 
-    Runner._load = planted  # type: ignore[method-assign]
+    Runner._held = planted  # type: ignore[method-assign]
 
 
 def name_opened_at_a_replaced_owner() -> None:

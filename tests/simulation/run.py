@@ -306,7 +306,7 @@ def run_many(first: int, arguments: argparse.Namespace) -> int:
 
 
 def find_all(first: int, arguments: argparse.Namespace) -> int:
-    """Plants one bug after the other, and says how many seeds it took to find each."""
+    """Plants one bug after the other, and says how many seeds it took to find each. A crash finds nothing."""
     missed = 0
     for number, plant in enumerate(name for name in planted.PLANTS if arguments.only in name):
         arguments.plant = plant
@@ -314,6 +314,9 @@ def find_all(first: int, arguments: argparse.Namespace) -> int:
         seeds = range(first + number * arguments.seeds, first + (number + 1) * arguments.seeds)
         tried = 0
         for tried, outcome in enumerate(outcomes(seeds, arguments), start=1):
+            if outcome.violation.startswith("crash:"):
+                report(outcome, arguments)
+                return 1
             if outcome.violation:
                 print(f"{plant}: {tried} seeds, {outcome.seed}: {outcome.violation.splitlines()[0][:160]}", flush=True)
                 break

@@ -124,7 +124,7 @@ class RebalancePlan:
             goal, revision = str(saved["goal"]), int(saved["revision"])
             moves = tuple(_saved_move(move, of_brokers=goal == "brokers") for move in saved["moves"])
             skews = float(saved["skew_before"]), float(saved["skew_after"])
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
             what = f"it has no {error}" if isinstance(error, KeyError) else str(error)
             raise InvalidArgument(
                 f"this is no saved plan: make one with `magnetar rebalance plan --output json` ({what})"

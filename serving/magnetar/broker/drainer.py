@@ -12,7 +12,7 @@ import random
 
 import structlog
 
-from magnetar.broker.cluster_view import ClusterView
+from magnetar.broker.cluster_view import ClusterView, LiveBroker
 from magnetar.broker.mover import Mover
 from magnetar.broker.ownership import Ownership
 from magnetar.broker.refusals import refusal_of
@@ -64,7 +64,12 @@ class Drainer:
     def _shards(self) -> set[int]:
         """That are this broker's, open or not, and that another one could take."""
         shards = {shard.shard_id for shard in self._served} | set(self._ownership.mine())
-        return {shard_id for shard_id in shards if self._ownership.successor(shard_id) is not None}
+        return {shard_id for shard_id in shards if self._target(shard_id) is not None}
+
+    def _target(self, shard_id: int) -> LiveBroker | None:
+        """Never another broker that is being drained: the two would hand it to each other for ever."""
+        target = self._ownership.successor(shard_id)
+        return None if target is None or self._view.drained(target.owner.broker_id) else target
 
     async def _hand_over(self, shards: set[int]) -> bool:
         """Whether one of them at least is another broker's."""
@@ -78,7 +83,7 @@ class Drainer:
         return any(await asyncio.gather(*map(one, sorted(shards))))
 
     async def _give(self, shard_id: int) -> bool:
-        target = self._ownership.successor(shard_id)
+        target = self._target(shard_id)
         if target is None:
             return False
         try:

@@ -461,7 +461,7 @@ class ServedShards:
                 await self.open(shard_id)
             except Exception as error:
                 if refusal_of(error) is None and not isinstance(error, ShardNotFound):
-                    raise
+                    log.exception("shard at rest could not be opened", shard=shard_id)
                 self._at_rest.pop(shard_id, None)
 
     # --- trimming, doubts, a new session, the end ---
