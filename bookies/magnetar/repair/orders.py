@@ -33,7 +33,7 @@ class OrderRefused(Exception):
 class UnknownOperation(OrderRefused):
     def __init__(self, operation_id: str) -> None:
         super().__init__(
-            f"there is no such operation: `magnetar rebalance status` lists those that are operation=`{operation_id}`"
+            f"there is no such operation: see `magnetar rebalance status --all` operation=`{operation_id}`"
         )
 
 
