@@ -77,15 +77,36 @@ def test_every_move_brings_two_brokers_nearer_and_rounds_come_to_an_end(loads: l
             balancer.moved(move.shard_id, rounds * 60.0)
 
 
-def test_a_load_counts_half_after_its_half_life() -> None:
+def test_a_load_is_an_average_of_the_time_for_which_it_was_seen_and_what_is_old_weighs_half() -> None:
     loads = Loads()
     loads.sample(0.0, [(1, 0, 0), (2, 0, 0)])
     loads.sample(HALF_LIFE_S, [(1, 600_000, 6_000), (2, 0, 0)])
     [load] = loads.report()
-    assert load == ShardLoad(1, pytest.approx(5_000.0), pytest.approx(50.0))
+    assert load == ShardLoad(1, pytest.approx(10_000.0), pytest.approx(100.0))
     loads.sample(2 * HALF_LIFE_S, [(1, 600_000, 6_000)])
-    assert loads.report()[0].bytes_per_s == pytest.approx(2_500.0)
+    # 10,000 with half the weight of the nothing that followed.
+    assert loads.report()[0].bytes_per_s == pytest.approx(10_000.0 / 3)
     # Given away, and back again: its totals begin anew, and so does it.
     loads.sample(2 * HALF_LIFE_S + 5, [])
-    loads.sample(2 * HALF_LIFE_S + 10, [(1, 10, 1)])
     assert loads.report() == []
+    loads.sample(2 * HALF_LIFE_S + 10, [(1, 10, 1)])
+    assert loads.report() == [ShardLoad(1, pytest.approx(2.0), pytest.approx(0.2))]
+
+
+def test_a_shard_that_has_just_come_counts_as_much_as_one_with_the_same_load_that_was_always_there() -> None:
+    loads = Loads()
+    for second in range(0, 600, 5):
+        loads.sample(float(second), [(1, 1000 * second, 10 * second)])
+    for age in (5, 10, 60):
+        loads.sample(595.0 + age, [(1, 1000 * (595 + age), 10 * (595 + age)), (2, 1000 * age, 10 * age)])
+        old, new = loads.report()
+        assert (new.bytes_per_s, new.messages_per_s) == pytest.approx((old.bytes_per_s, old.messages_per_s))
+
+
+def test_loads_that_are_asked_for_again_at_once_do_not_change() -> None:
+    loads = Loads()
+    loads.sample(0.0, [(1, 0, 0)])
+    loads.sample(10.0, [(1, 1000, 10)])
+    before = loads.report()
+    loads.sample(10.1, [(1, 9000, 90)])
+    assert loads.report() == before

@@ -223,3 +223,14 @@ def test_a_cancelled_operation_ends_and_a_paused_one_does_not() -> None:
     paused = running(1, state=OperationState.PAUSED)
     paused.keep_progress(5)
     assert paused.operation.ended_us == 0
+
+
+def test_a_cancelled_operation_counts_what_arrived_and_leaves_the_rest() -> None:
+    core = running(1, 2, 3, state=OperationState.CANCELLED)
+    target = core.move((0, 0)).target
+    assert core.pending_shards() == [1, 2, 3]
+    core.settle_arrived({1: "elsewhere", 2: target})
+    assert core.pending_shards() == [1, 3]
+    core.keep_progress(1)
+    assert (core.operation.moves_done, core.operation.state) == (1, OperationState.CANCELLED)
+    assert core.operation.ended_us == 1

@@ -91,12 +91,13 @@ def test_a_broker_that_was_restarted_gets_its_part_back(
     load.run(QUIET_S)
     assert restarted not in owners(client, load.topic).values()
     plan = client.admin.rebalance.plan(goal="brokers", topic=load.topic)
-    # What the others have is measured anew since they took shards over, so that it is not foreseen what they keep.
+    # One of the others may have less than its part, too.
     assert restarted in {move.target for move in plan.moves}
     assert restarted not in {move.source for move in plan.moves}
+    assert plan.skew_after < plan.skew_before
     ended = until_ended(client, client.admin.rebalance.apply(plan).operation)
     assert (ended.state, ended.moves_done) == ("DONE", len(plan.moves))
-    assert restarted in owners(client, load.topic).values()
+    assert set(owners(client, load.topic).values()) == set(cluster.brokers)
     back = until_ended(client, client.admin.rebalance.rollback(ended.operation).operation)
     assert back.moves_done == ended.moves_done
     assert restarted not in owners(client, load.topic).values()

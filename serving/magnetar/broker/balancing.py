@@ -67,6 +67,7 @@ class Balancing:
 
     async def report_loads(self, data: bytes, _context: Context) -> bytes:
         parse(pb.ReportLoadsRequest, data)
+        self._sample()
         loads = [
             pb.ShardLoad(shard_id=load.shard_id, bytes_per_s=load.bytes_per_s, messages_per_s=load.messages_per_s)
             for load in self._loads.report()
@@ -76,11 +77,13 @@ class Balancing:
     async def measure(self) -> None:
         """Until it is cancelled."""
         while True:
-            self._loads.sample(
-                asyncio.get_running_loop().time(),
-                [(s.shard_id, s.published_bytes, s.published_messages) for s in self._served],
-            )
+            self._sample()
             await asyncio.sleep(SAMPLE_S)
+
+    def _sample(self) -> None:
+        """Also when loads are asked for: shards that came since the last time are among them then."""
+        totals = [(s.shard_id, s.published_bytes, s.published_messages) for s in self._served]
+        self._loads.sample(asyncio.get_running_loop().time(), totals)
 
     async def lead(self) -> None:
         """Until it is cancelled: waits to be the leader, and does what a leader does while it is."""

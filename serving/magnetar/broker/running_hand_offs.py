@@ -8,7 +8,7 @@ after all others, FAILURES_MAX times in all.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from magnetar.metadata.records import Move, MoveState, Operation, ShardRecord
 from magnetar.repair.progress import OperationProgress, Place
@@ -56,6 +56,23 @@ class RunningHandOffs(OperationProgress):
         else:
             return False
         return True
+
+    def settle_arrived(self, owners: Mapping[int, str]) -> None:
+        """Of a cancelled operation: all moves whose shards are where they were to go are done, whoever noted it.
+
+        owners   of the shards that exist and have one
+        """
+        left = deque[Place]()
+        for place in self._queue:
+            if owners.get(self.move(place).shard_id) == self.move(place).target:
+                self.finish(place, MoveState.DONE)
+            else:
+                left.append(place)
+        self._queue = left
+
+    def pending_shards(self) -> list[int]:
+        """Of the moves that are not done."""
+        return [self.move(place).shard_id for place in self._queue]
 
     def arrived(self) -> None:
         """The next move is done."""

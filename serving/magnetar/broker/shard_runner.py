@@ -17,6 +17,7 @@ from magnetar.broker.peers import ADMIN_SERVICE, Peers
 from magnetar.broker.running_hand_offs import RunningHandOffs
 from magnetar.metadata.keyspace import Keyspace
 from magnetar.metadata.records import Goal, Move, Operation, OperationState
+from magnetar.metadata.shards import read_shards
 from magnetar.metadata.store import Compare, MetadataStore
 from magnetar.node.rpc import Refused
 from magnetar.repair.operation_loop import Held, OperationLoop
@@ -71,6 +72,9 @@ class ShardRunner(OperationLoop[RunningHandOffs]):
         core, before = held.core, held.core.operation
         if core.is_running:
             await self._hand_over(core)
+        elif core.is_cancelled:
+            # Hand-offs whose progress was not stored before it was cancelled: a rollback is to take them back, too.
+            core.settle_arrived(await self._owners(core.pending_shards()))
         core.keep_progress(self._now_us())
         if core.operation != before:
             await self._store_progress(held, leader)
@@ -98,6 +102,12 @@ class ShardRunner(OperationLoop[RunningHandOffs]):
             else:
                 core.arrived()
             await asyncio.sleep(max(0.0, PACE_S - (loop.time() - began)))
+
+    async def _owners(self, shards: Sequence[int]) -> dict[int, str]:
+        """Raises MetadataUnavailable."""
+        found = await read_shards(self._store, self._keyspace, shards)
+        records = [shard.record for shard in found]
+        return {record.shard_id: record.owner.broker_id for record in records if record.owner is not None}
 
     def _takers(self) -> set[str]:
         brokers = {broker.owner.broker_id for broker in self._view.brokers() if not broker.leaving}
