@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
+import grpc
 import pytest
 from broker_world import KEYSPACE, TOPIC, Calls, Cluster, ProduceClient, batch, eventually, refusal
 from consume_world import QUEUE, STREAM, ConsumeClient
@@ -17,6 +18,7 @@ from magnetar.broker.broker import Broker
 from magnetar.broker.hand_off import Expectation, Source, Step
 from magnetar.broker.layout import preferred_broker
 from magnetar.broker.loads import ShardLoad
+from magnetar.broker.members import Members
 from magnetar.metadata.codec import encode_drain
 from magnetar.metadata.records import Drain, LedgerState, ShardRecord
 from magnetar.metadata.shards import ShardMetadata
@@ -407,6 +409,24 @@ async def test_a_drained_broker_hands_everything_over_and_takes_nothing_until_it
         if preferred_broker(shard.shard_id, ["a", "b"]) == "a"
     ]
     await a.shard("public/default/later", mine[0])
+
+
+async def test_of_two_drains_asked_for_at_once_one_is_tried_again_and_refused(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = asyncio.Barrier(2)
+    drained = Members._drained
+
+    async def read_together(self: Members) -> set[str]:
+        found = await drained(self)
+        await both.wait()
+        return found
+
+    monkeypatch.setattr(Members, "_drained", read_together)
+    asked = [drain(pair.connect(pair.a), "b"), drain(pair.connect(pair.b), "a")]
+    answers = await asyncio.gather(*asked, return_exceptions=True)
+    assert sum(isinstance(answer, grpc.aio.AioRpcError) for answer in answers) == 1
+    await eventually(lambda: pair.a.view.drained("a") != pair.a.view.drained("b"))
 
 
 async def test_of_two_drained_brokers_neither_hands_to_the_other(pair: Pair) -> None:

@@ -16,6 +16,7 @@ from magnetar.broker.served import Rest
 from magnetar.broker.shard import ServedShard
 from magnetar.metadata.records import Owner, ShardRecord
 from magnetar.metadata.shards import ShardMetadata
+from magnetar.metadata.store import Put
 from magnetar.v1 import admin_pb2, metadata_pb2
 
 Connect = Callable[[Broker], Calls]
@@ -296,6 +297,17 @@ async def test_shards_of_a_dead_broker_are_claimed_together_and_not_opened_those
     for shard in mine:
         assert (await pair.record(shard)).owner == b.ownership.session
         await publish(connect(b), shard, 3 if shard == busy else 2, 1)
+
+
+async def test_a_damaged_record_keeps_no_other_shard_from_being_claimed(pair: World) -> None:
+    a, b = pair.brokers
+    mine = pair.preferred_by(a)
+    for shard in mine:
+        await a.shard(TOPIC, shard)
+    await pair.cluster.kill(a)
+    await pair.cluster.store.txn([], [Put(KEYSPACE.shard(mine[0]), b"junk")])
+    await pair.cluster.end_session(a)
+    await eventually(lambda: set(mine[1:]) <= set(b.served.at_rest))
 
 
 async def test_what_a_client_asks_for_while_many_are_claimed_is_its_own_and_the_others_are_claimed_all_the_same(

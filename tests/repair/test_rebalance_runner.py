@@ -114,7 +114,10 @@ async def test_an_empty_bookie_is_filled_and_nothing_is_left_to_plan(cluster: Re
 async def test_another_runner_goes_on_where_a_killed_one_stood(cluster: Rebalanced) -> None:
     async with throttled(cluster):
         await cluster.until_done(1)
+        remaining = "magnetar_repair_rebalance_remaining_bytes"
+        assert cluster.world.registry.get_sample_value(remaining) > 0
         await cluster.kill_runner()
+        assert cluster.world.registry.get_sample_value(remaining) == 0, "it is run elsewhere now"
         await cluster.orders.change("rebalance-1", bytes_per_s=100 * MIB)
         await cluster.world.until_no_tasks()
         await cluster.start_runner()

@@ -62,6 +62,10 @@ class OperationLoop(ABC, Generic[CoreT]):
     async def _carry_on(self, live: Sequence[StoredOperation], leader: Compare) -> float | None:
         """Goes on with all that have not ended; returns after how long again, None: when something is ordered."""
 
+    @abstractmethod
+    def _report(self, live: Sequence[StoredOperation]) -> None:
+        """Sets the gauges for these."""
+
     async def run(self, leader: Compare) -> None:
         """Until it is cancelled; `leader` holds while nobody else is elected. What goes wrong is tried again."""
         follower = Follower(self._store, self._keyspace.operations_prefix(), self._listed, self._told)
@@ -76,6 +80,8 @@ class OperationLoop(ABC, Generic[CoreT]):
             while True:
                 await self._wait(await self._pass_in_time(leader))
         finally:
+            self._running.clear()
+            self._report(())
             await follower.close()
 
     def _listed(self, _items: Sequence[KeyValue]) -> None:

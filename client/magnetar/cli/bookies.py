@@ -13,6 +13,7 @@ import typer
 from magnetar.cli.command import (
     DEFAULT_SERVER,
     DEFAULT_TIMEOUT_S,
+    CommandFailed,
     DryRunOption,
     Output,
     OutputOption,
@@ -100,7 +101,10 @@ async def _wait_until_empty(client: Client, bookie: str) -> None:
     told = ""
     while True:
         try:
-            left = next((one.ledgers for one in await client.admin.bookies.list() if one.id == bookie), 0)
+            found = next((one for one in await client.admin.bookies.list() if one.id == bookie), None)
+            left = 0 if found is None else found.ledgers
+            if found is not None and left and not found.draining:
+                raise CommandFailed(f"{bookie} is not drained any more, and {left:,} ledgers name it")
             problems = (await client.admin.cluster.repair()).problems
         except RetriableError as error:
             note(f"waiting for the cluster: {error}")

@@ -79,7 +79,9 @@ def drain(
         return
     to = ", ".join(f"{shards} to {target}" for target, shards in drained.targets.items())
     done = "would be" if dry_run else "were" if wait else "are being"
-    note(f"{broker} is {'not ' if dry_run else ''}DRAINING: {drained.shards} shards {done} handed over {to}".rstrip())
+    note(
+        f"{broker} {'would be' if dry_run else 'is'} DRAINING: {drained.shards} shards {done} handed over {to}".rstrip()
+    )
 
 
 @app.command()
@@ -111,9 +113,13 @@ async def _until_drained(client: Client, drained: BrokerDrain, timeout: float) -
     with _bar(drained) as show:
         while left:
             await asyncio.sleep(POLL_S)
-            found = [one.shards for one in await client.admin.brokers.list() if one.id == drained.broker]
-            if sum(found) != left:
-                left, moved_at = sum(found), loop.time()
+            found = next((one for one in await client.admin.brokers.list() if one.id == drained.broker), None)
+            if found is None:
+                raise CommandFailed(f"{drained.broker} is gone: others claim what it had left when its session ends")
+            if found.shards and found.state == "SERVING":
+                raise CommandFailed(f"{drained.broker} was undrained by somebody: shards=`{found.shards}`")
+            if found.shards != left:
+                left, moved_at = found.shards, loop.time()
                 show(left)
             elif loop.time() - moved_at > timeout:
                 raise CommandFailed(

@@ -7,11 +7,12 @@ from collections.abc import Awaitable, Callable, Container, Mapping
 
 from magnetar.broker.describe import Records
 from magnetar.broker.layout import preferred_broker
+from magnetar.broker.refusals import RETRY_AFTER_MS
 from magnetar.metadata.codec import decode_bookie, decode_broker
 from magnetar.metadata.keyspace import Keyspace
 from magnetar.metadata.records import BookieRegistration, BrokerRegistration, Owner, ShardRecord
-from magnetar.metadata.store import Delete, MetadataStore, Put
-from magnetar.node.rpc import Context, invalid_argument, parse
+from magnetar.metadata.store import Delete, MetadataStore, Put, absent, exists
+from magnetar.node.rpc import Context, invalid_argument, parse, unavailable
 from magnetar.v1 import admin_pb2 as pb
 
 
@@ -54,6 +55,7 @@ class Members:
     # --- draining ---
 
     async def drain_broker(self, data: bytes, _context: Context) -> bytes:
+        """The transaction compares that another broker stays: of two drains asked for at once one is tried again."""
         request = parse(pb.DrainBrokerRequest, data)
         brokers, drained = await self._brokers(), await self._drained()
         owner = _known(brokers, request.broker_id)
@@ -67,7 +69,10 @@ class Members:
             if isinstance(record, ShardRecord) and record.owner == owner:
                 shares[preferred_broker(record.shard_id, others) or ""] += 1
         if not request.dry_run:
-            await self._store.txn([], [Put(self._keyspace.broker_drain(request.broker_id), b"")])
+            stays = [exists(self._keyspace.broker(others[0])), absent(self._keyspace.broker_drain(others[0]))]
+            wish = Put(self._keyspace.broker_drain(request.broker_id), b"")
+            if not (await self._store.txn(stays, [wish])).succeeded:
+                raise unavailable("brokers changed meanwhile: ask again", retry_after_ms=RETRY_AFTER_MS)
         parts = [pb.BrokerShare(broker_id=name, shards=shares[name]) for name in sorted(shares)]
         return pb.DrainBrokerResponse(shards=shares.total(), shares=parts).SerializeToString()
 

@@ -21,7 +21,7 @@ import structlog
 
 from magnetar.broker.cluster_view import ClusterView, LiveBroker
 from magnetar.broker.refusals import RETRY_AFTER_MS, not_owner
-from magnetar.metadata.codec import decode_broker, encode_broker
+from magnetar.metadata.codec import DamagedRecord, decode_broker, encode_broker
 from magnetar.metadata.keyspace import Keyspace
 from magnetar.metadata.records import BrokerRegistration, Owner, ShardRecord
 from magnetar.metadata.shards import ClaimLost, ShardMetadata, ShardSnapshot, read_shards
@@ -181,8 +181,20 @@ class Ownership:
         Raises Refused(UNAVAILABLE), MetadataUnavailable.
         """
         session = self.require_session()
-        found = await read_shards(self._store, self._keyspace, shards)
+        shards = list(shards)
+        try:
+            found = await read_shards(self._store, self._keyspace, shards)
+        except DamagedRecord:
+            found = [snapshot for shard_id in shards for snapshot in await self._read_one(shard_id)]
         return [s for s in found if s.record.owner == session or self._is_gone(s.record.owner)]
+
+    async def _read_one(self, shard_id: int) -> list[ShardSnapshot]:
+        """Empty also if a record of it is damaged: nobody claims it unseen, and others do not wait for it."""
+        try:
+            return await read_shards(self._store, self._keyspace, [shard_id])
+        except DamagedRecord as damaged:
+            log.error("a shard cannot be claimed", shard=shard_id, problem=str(damaged))
+            return []
 
     async def claim_together(self, shards: Sequence[ShardSnapshot]) -> list[ShardMetadata]:
         """Claims the first of these shards in one request, as many as fit; none if one of them is not to be had.

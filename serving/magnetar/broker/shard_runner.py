@@ -64,7 +64,7 @@ class ShardRunner(OperationLoop[RunningHandOffs]):
 
     async def _carry_on(self, live: Sequence[StoredOperation], leader: Compare) -> float | None:
         pauses = [await self._advance(await self._held(stored), leader) for stored in live]
-        self._report()
+        self._report(live)
         return min(pauses, default=None)
 
     async def _advance(self, held: Held[RunningHandOffs], leader: Compare) -> float:
@@ -119,7 +119,8 @@ class ShardRunner(OperationLoop[RunningHandOffs]):
         method = ADMIN_SERVICE + "MoveShard"
         await self._peers.call(self.address, method, request, pb.MoveShardResponse, timeout_s=MOVE_S)
 
-    def _report(self) -> None:
-        cores = [held.core for held in self._running.values()]
-        self._metrics.rebalance_remaining.set(sum(core.remaining for core in cores))
-        self._metrics.rebalance_problems.set(sum(len(core.operation.problems) for core in cores))
+    def _report(self, live: Sequence[StoredOperation]) -> None:
+        operations = [one.operation for one in live]
+        remaining = sum(one.moves - one.moves_done - one.moves_skipped for one in operations)
+        self._metrics.rebalance_remaining.set(remaining)
+        self._metrics.rebalance_problems.set(sum(len(one.problems) for one in operations))
