@@ -17,6 +17,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from cluster.harness import Cluster
 from cluster.load import Judge, Load, row, table
 
+from magnetar.client.sync import Client
+
 HERE = Path(__file__).parent
 PURE = {"test_history.py"}
 ROWS = pytest.StashKey[list[list[str]]]()
@@ -66,6 +68,13 @@ def shared_cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.Temp
         yield cluster
     finally:
         cluster.close()
+
+
+@pytest.fixture
+def client(cluster: Cluster) -> Iterator[Client]:
+    """Of the cluster that the test's file makes."""
+    with cluster.connect() as client:
+        yield client
 
 
 @pytest.fixture

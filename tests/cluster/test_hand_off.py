@@ -28,12 +28,6 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         cluster.close()
 
 
-@pytest.fixture
-def client(cluster: Cluster) -> Iterator[Client]:
-    with cluster.connect() as client:
-        yield client
-
-
 def shards_of(client: Client, broker: str) -> int:
     return sum(one.shards for one in client.admin.brokers.list() if one.id == broker)
 

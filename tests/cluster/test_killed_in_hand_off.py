@@ -37,12 +37,6 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         cluster.close()
 
 
-@pytest.fixture
-def client(cluster: Cluster) -> Iterator[Client]:
-    with cluster.connect() as client:
-        yield client
-
-
 async def moved(address: str, shards: Sequence[int], target: str) -> None:
     """All of them, each again until it is there: connections to a broker that has just come back are made anew."""
     async with grpc.aio.insecure_channel(address) as channel, asyncio.timeout(START_S):

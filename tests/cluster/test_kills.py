@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 
 import pytest
 from cluster.harness import LEASE_S, METADATA, Cluster, MetadataKind, on, until
@@ -26,12 +25,6 @@ QUIET_S = 2.0
 @pytest.fixture
 def cluster(shared_cluster: Cluster) -> Cluster:
     return shared_cluster
-
-
-@pytest.fixture
-def client(cluster: Cluster) -> Iterator[Client]:
-    with cluster.connect() as client:
-        yield client
 
 
 def ensembles(client: Client, topic: str) -> list[tuple[str, ...]]:

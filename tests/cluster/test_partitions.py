@@ -36,12 +36,6 @@ def cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         network.close()
 
 
-@pytest.fixture
-def client(cluster: Cluster) -> Iterator[Client]:
-    with cluster.connect() as client:
-        yield client
-
-
 @pytest.mark.long
 @pytest.mark.parametrize("cluster", ["server", "etcd"], indirect=True, scope="module")
 def test_a_broker_that_is_cut_from_metadata_loses_its_shards_and_nothing_else(

@@ -46,12 +46,6 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         cluster.close()
 
 
-@pytest.fixture
-def client(cluster: Cluster) -> Iterator[Client]:
-    with cluster.connect() as client:
-        yield client
-
-
 def emptied(client: Client) -> None:
     """The new bookie holds nothing of what was filled before: what was moved is taken back."""
     operations = client.admin.rebalance.list()
