@@ -33,7 +33,7 @@ log = structlog.get_logger("magnetar.repair")
 class Copier:
     """One copy: `run` it once.
 
-    turn      held while a chunk is moved: two chunks at once would make producers wait behind both
+    turn      held while a chunk is added: two chunks at once would make producers wait behind both
     rate      bytes a second that are allowed
     pace      returns when more may be moved; told what was moved just before
     wanted    False: somebody decided otherwise, the copy stops
@@ -129,10 +129,11 @@ class Copier:
         return sorted((*sources[turn:], *sources[:turn]), key=lambda bookie: bookie not in living)
 
     async def _copy(self, run: Run, first: int, last: int) -> int:
+        entries = await self._fetch(run, first, last)
         async with self._turn:
             self._check_wanted()
-            entries = await self._fetch(run, first, last)
             await self._store(first, entries)
+        await self._verify(first, entries)
         await self._pace(len(entries), sum(map(len, entries)))
         return len(entries)
 
@@ -142,7 +143,6 @@ class Copier:
         result = await self._target.add(group)
         if result.status is not AddStatus.OK:
             raise CopyStalled(f"the target refuses an entry: {result.status.name} {result.message}".rstrip())
-        await self._verify(first, entries)
 
     async def _fetch(self, run: Run, first: int, last: int) -> tuple[bytes, ...]:
         said: dict[str, str] = {}
