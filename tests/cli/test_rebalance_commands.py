@@ -131,6 +131,9 @@ def test_bad_input_is_refused_with_what_to_do(cluster: Any, tmp_path: Path) -> N
     assert cluster.call("rebalance", "apply", tmp_path / "none.json").is_refused(1, "no such file")
     future = {"revision": 1 << 40, "goal": "bytes", "moves": [{"ledger": 1, "from": "a", "to": "b", "bytes": 1}],
               "skew_before": 1, "skew_after": 0}  # fmt: skip
+    for number in (-1, 1 << 64):
+        (tmp_path / "bad.json").write_text(json.dumps({**future, "revision": number}))
+        assert cluster.call("rebalance", "apply", tmp_path / "bad.json").is_refused(2, f"revision=`{number}`")
     (tmp_path / "other.json").write_text(json.dumps(future))
     assert cluster.call("rebalance", "apply", tmp_path / "other.json").is_refused(1, "it is of another")
     assert cluster.call("rebalance", "status", "rebalance-99").is_refused(1, "there is no such operation")

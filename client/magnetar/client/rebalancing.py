@@ -121,7 +121,7 @@ class RebalancePlan:
         """A saved plan. Raises InvalidArgument for what is none."""
         try:
             saved = json.loads(text)
-            goal, revision = str(saved["goal"]), int(saved["revision"])
+            goal, revision = str(saved["goal"]), _saved_number(saved, "revision")
             moves = tuple(_saved_move(move, of_brokers=goal == "brokers") for move in saved["moves"])
             skews = float(saved["skew_before"]), float(saved["skew_after"])
         except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
@@ -442,8 +442,15 @@ def _move(move: rebalance_pb2.RebalanceMove) -> RebalanceMove:
 def _saved_move(move: Any, *, of_brokers: bool) -> RebalanceMove:
     source, target = str(move["from"]), str(move["to"])
     if of_brokers:
-        return RebalanceMove(0, source, target, 0, shard=int(move["shard"]), load=float(move["load"]))
-    return RebalanceMove(int(move["ledger"]), source, target, int(move["bytes"]))
+        return RebalanceMove(0, source, target, 0, shard=_saved_number(move, "shard"), load=float(move["load"]))
+    return RebalanceMove(_saved_number(move, "ledger"), source, target, _saved_number(move, "bytes"))
+
+
+def _saved_number(saved: Any, name: str) -> int:
+    number = int(saved[name])
+    if not 0 <= number < 1 << 64:
+        raise ValueError(f"out of range: {name}=`{number}`")
+    return number
 
 
 def _described(description: rebalance_pb2.RebalanceDescription) -> RebalanceOperation:
