@@ -289,7 +289,7 @@ class Faults:
             finally:
                 for task in storm:
                     task.cancel()
-            await asyncio.wait(storm)
+                await asyncio.wait(storm)
             self._mend()
             self._world.transcript.note("calm")
 

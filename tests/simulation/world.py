@@ -188,11 +188,13 @@ class World:
         host = self.hosts[name]
         host.wanted = False
         process, running = host.process, host.running
-        if process is not None and process.alive and running is not None:
-            self.transcript.note(name, "is asked to stop")
-            stopping = self.spawn(process, running.stop(), f"stop {name}")
-            await asyncio.wait({stopping}, timeout=STOP_S)
-        self.kill(name)
+        try:
+            if process is not None and process.alive and running is not None:
+                self.transcript.note(name, "is asked to stop")
+                stopping = self.spawn(process, running.stop(), f"stop {name}")
+                await asyncio.wait({stopping}, timeout=STOP_S)
+        finally:
+            self.kill(name)
 
     def lose_disk(self, name: str) -> None:
         """What this bookie had made durable is gone when it starts again."""
