@@ -412,7 +412,8 @@ class Consuming:
     ) -> None:
         """`answered`: what this very consumer acknowledged, and was told that it is durable; it never comes here again.
 
-        What another one acknowledged may: a message that was given back can wait at two consumers.
+        What another one acknowledged may: a message that was given back can wait at two consumers. So may what it
+        acknowledged while the shard had a replaced owner, which can have given it out once more before the answer.
         """
         shard, offset = place_of(message)
         self._actor.oracle.stands(message.payload, shard, offset, f"received by {self._actor.name}")
@@ -435,16 +436,18 @@ class Consuming:
                 consumer.nack(message)
         else:
             acked = [rng.choice(messages)] if rng.random() < 0.8 else []
+        world, began = self._actor.world, self._actor.oracle.now()
         waiting = []
         for message in acked:
-            self._oracle.acking(*place_of(message))
-            waiting.append((message, consumer.ack(message)))
+            shard, offset = place_of(message)
+            self._oracle.acking(shard, offset)
+            waiting.append((shard, offset, world.served_alone(shard) != 0, consumer.ack(message)))
         if waiting and rng.random() < 0.6:
-            for message, acknowledgement in waiting:
+            for shard, offset, alone, acknowledgement in waiting:
                 await acknowledgement
-                shard, offset = place_of(message)
-                answered.add((shard, offset))
-                self._oracle.acked(shard, offset, certain=self._actor.world.served_alone(shard) != 0)
+                if alone and world.certain_since(shard, began):
+                    answered.add((shard, offset))
+                self._oracle.acked(shard, offset, certain=world.served_alone(shard) != 0)
 
     async def _seek(self, consumer: Consumer) -> None:
         """To a message that was received before, in one shard, or to the beginning of all."""
