@@ -377,7 +377,7 @@ def _open_database(path: Path, memory_bytes: int, side_number: int | None) -> _O
             "ledgers": _family_options(SMALL_FAMILY_BYTES, cache),
             "meta": _family_options(SMALL_FAMILY_BYTES, cache),
         }
-        db = rocksdict.Rdict(str(path), _database_options(memory_bytes), column_families=families)
+        db = rocksdict.Rdict(str(path), _database_options(path.parent, memory_bytes), column_families=families)
         opened = {name: db.get_column_family(name) for name in families}
         # What the log gave back becomes durable now: a killed process may have written and never synced it.
         for family in opened.values():
@@ -424,7 +424,19 @@ def _opening_error(path: Path, error: Exception) -> StoreDamaged | StoreUnopenab
     return StoreUnopenable(f"{text} path=`{path}`")
 
 
-def _database_options(memory_bytes: int) -> Any:
+def _has_direct_io(directory: Path) -> bool:
+    """The file system of the directory writes around the page cache."""
+    probe = directory / "direct-io"
+    try:
+        os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_DIRECT | os.O_CLOEXEC, 0o644))
+    except OSError:
+        return False
+    finally:
+        probe.unlink(missing_ok=True)
+    return True
+
+
+def _database_options(path: Path, memory_bytes: int) -> Any:
     options = rocksdict.Options(raw_mode=True)
     options.create_if_missing(True)
     options.create_missing_column_families(True)
@@ -436,6 +448,10 @@ def _database_options(memory_bytes: int) -> Any:
     options.set_db_write_buffer_size(memory_bytes // 2)
     options.set_max_background_jobs(2)
     options.set_max_open_files(OPEN_FILES_MAX)
+    # What is flushed is read again late or never: through the page cache it costs a copy, and its pages push out others.
+    options.set_use_direct_io_for_flush_and_compaction(_has_direct_io(path))
+    # Ledgers are read from their first entry on: the kernel may read ahead.
+    options.set_advise_random_on_open(False)
     # Both smooth the flushes: without them a memtable's worth of dirty pages stands before the log's next fsync.
     options.set_bytes_per_sync(1 << 20)
     options.set_wal_bytes_per_sync(512 << 10)
