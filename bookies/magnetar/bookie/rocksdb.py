@@ -426,14 +426,15 @@ def _opening_error(path: Path, error: Exception) -> StoreDamaged | StoreUnopenab
 
 def _has_direct_io(directory: Path) -> bool:
     """The file system of the directory writes around the page cache."""
+    direct = getattr(os, "O_DIRECT", 0)
     probe = directory / "direct-io"
     try:
-        os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_DIRECT | os.O_CLOEXEC, 0o644))
+        os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | direct, 0o644))
     except OSError:
         return False
     finally:
         probe.unlink(missing_ok=True)
-    return True
+    return direct != 0
 
 
 def _database_options(path: Path, memory_bytes: int) -> Any:
