@@ -21,10 +21,11 @@ from magnetar.ledger.bookie_rpc import AddResult, AddStatus, EntryOutcome
 from magnetar.ledger.bookie_wire import (
     FRAME_BYTES_MAX,
     UnexpectedAnswer,
-    add_to_message,
-    lac_to_message,
+    encode_add,
+    encode_lac,
+    encode_read,
+    frame_of_items,
     read_result_from_message,
-    read_to_message,
 )
 from magnetar.ledger.grpc_bookie import GrpcBookie
 from magnetar.v1 import bookie_pb2 as pb
@@ -199,7 +200,7 @@ async def test_a_protocol_of_another_time_is_refused_naming_both_ranges(channel:
 
 
 def a_group(writer: Any, request_id: int = 1, **changes: Any) -> pb.AddGroup:
-    return add_to_message(request_id, replace(writer(7).add(0), **changes))
+    return pb.AddGroup.FromString(b"".join(encode_add(request_id, replace(writer(7).add(0), **changes))))
 
 
 async def test_frames_that_break_the_rules_end_their_stream_and_no_other(
@@ -251,10 +252,12 @@ async def test_random_bytes_never_harm_more_than_their_stream(
     rng = random.Random(f"random bytes for {method}")
     await client.add(writer(7).add(0))
     valid = {
-        "AddEntries": pb.AddEntriesRequest(groups=[a_group(writer, ledger_id=9), a_group(writer, 2)]),
-        "ReadEntries": pb.ReadEntriesRequest(groups=[read_to_message(1, writer(7).read(0, 5, fence=True))]),
-        "ReadLac": pb.ReadLacRequest(queries=[lac_to_message(1, writer(7).lac(fence=True))]),
-    }[method].SerializeToString()
+        "AddEntries": pb.AddEntriesRequest(
+            groups=[a_group(writer, ledger_id=9), a_group(writer, 2)]
+        ).SerializeToString(),
+        "ReadEntries": frame_of_items([encode_read(1, writer(7).read(0, 5, fence=True))]),
+        "ReadLac": frame_of_items([encode_lac(1, writer(7).lac(fence=True))]),
+    }[method]
     for _ in range(150):
         frame = bytearray(rng.randbytes(rng.randrange(60)) if rng.random() < 0.3 else valid)
         for _ in range(rng.randrange(6)):
@@ -274,15 +277,15 @@ async def test_random_bytes_never_harm_more_than_their_stream(
 async def test_a_token_is_named_once_a_stream(channel: grpc.aio.Channel, writer: Any) -> None:
     stream = RawStream(channel, "AddEntries")
     await stream.greet()
-    second = add_to_message(2, replace(writer(7).add(1), token=b""))
-    await stream.send(pb.AddEntriesRequest(groups=[a_group(writer), second]).SerializeToString())
+    second = encode_add(2, replace(writer(7).add(1), token=b""))
+    await stream.send(frame_of_items([encode_add(1, writer(7).add(0)), second]))
     results: list[Any] = []
     while len(results) < 2:
         results += (await stream.receive()).results
     assert [result.status for result in results] == [pb.ADD_STATUS_OK] * 2
     other = RawStream(channel, "AddEntries")
     await other.greet()
-    await other.send(pb.AddEntriesRequest(groups=[second]).SerializeToString())
+    await other.send(frame_of_items([second]))
     assert (await other.receive()).results[0].status == pb.ADD_STATUS_MALFORMED
     stream.cancel()
     other.cancel()
@@ -313,8 +316,7 @@ async def test_a_client_that_takes_no_answers_is_not_read_from_for_ever(
     stream = RawStream(channel, "ReadEntries")
     await stream.send(pb.ReadEntriesRequest(hello=HELLO).SerializeToString())
     await stream.receive()
-    reads = [read_to_message(n, writer(7).read(0, 0)) for n in range(10_000)]
-    await stream.send(pb.ReadEntriesRequest(groups=reads).SerializeToString())
+    await stream.send(frame_of_items([encode_read(n, writer(7).read(0, 0)) for n in range(10_000)]))
     for _ in range(3):
         await client.read_lac(writer(7).lac())
     await asyncio.wait_for(client.add(writer(8).add(0)), 5)

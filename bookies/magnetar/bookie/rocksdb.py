@@ -449,7 +449,7 @@ def _database_options(path: Path, memory_bytes: int) -> Any:
     options.set_db_write_buffer_size(memory_bytes // 2)
     options.set_max_background_jobs(2)
     options.set_max_open_files(OPEN_FILES_MAX)
-    # What is flushed is read again late or never: through the page cache it costs a copy, and its pages push out others.
+    # What is flushed is read late or never: through the page cache it costs a copy, and pages that others could use.
     options.set_use_direct_io_for_flush_and_compaction(_has_direct_io(path))
     # Ledgers are read from their first entry on: the kernel may read ahead.
     options.set_advise_random_on_open(False)

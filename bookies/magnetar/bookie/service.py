@@ -25,16 +25,18 @@ from magnetar.ledger.bookie_wire import (
     PROTOCOL_MAX,
     PROTOCOL_MIN,
     add_from_message,
-    add_result_to_message,
+    encode_add_result,
+    encode_lac_result,
+    encode_read_result,
+    frame_of_items,
     lac_from_message,
-    lac_result_to_message,
     read_from_message,
-    read_result_to_message,
 )
 from magnetar.node.rpc import MESSAGE_BYTES_MAX, Refused, ServerStream, Service, malformed, parse, unavailable
 from magnetar.v1 import bookie_pb2 as pb
 from magnetar.v1 import common_pb2
 from magnetar.wire.envelope import HEADER_SIZE
+from magnetar.wire.framing import Pieces
 
 UNANSWERED_BYTES_MAX = 4 << 20
 """Of a stream: what the answers to its unanswered calls may hold, and those not yet taken by the client."""
@@ -69,7 +71,7 @@ class Exchange:
     items: Callable[[Any], Sequence[Any]]
     call: Callable[[Any, Tokens], asyncio.Future[Any]]
     cost: Callable[[Any], int]
-    answer: Callable[[int, Any], Any]
+    encode: Callable[[int, Any], Pieces]
     response: Callable[..., Any]
 
 
@@ -92,7 +94,7 @@ class BookieService:
             lambda frame: frame.groups,
             lambda item, tokens: handlers.add(add_from_message(item, tokens.of(item.ledger_id, item.token))),
             lambda item: ANSWER_BYTES,
-            add_result_to_message,
+            encode_add_result,
             pb.AddEntriesResponse,
         )
         self._reads = Exchange(
@@ -100,7 +102,7 @@ class BookieService:
             lambda frame: frame.groups,
             lambda item, tokens: handlers.read(read_from_message(item, tokens.of(item.ledger_id, item.token))),
             _read_cost,
-            read_result_to_message,
+            encode_read_result,
             pb.ReadEntriesResponse,
         )
         self._lacs = Exchange(
@@ -108,7 +110,7 @@ class BookieService:
             lambda frame: frame.queries,
             lambda item, tokens: handlers.read_lac(lac_from_message(item, tokens.of(item.ledger_id, item.token))),
             lambda item: ANSWER_BYTES,
-            lac_result_to_message,
+            encode_lac_result,
             pb.ReadLacResponse,
         )
 
@@ -187,7 +189,7 @@ def _ledgers_frame(ledgers: Iterable[LedgerFacts]) -> pb.ListLedgersResponse:
 
 @dataclass(frozen=True, slots=True)
 class _Answer:
-    message: Any
+    pieces: Pieces
     cost: int
 
 
@@ -252,7 +254,7 @@ class _Conversation:
         future = self._exchange.call(item, self._tokens)
 
         def answered(done: asyncio.Future[Any]) -> None:
-            self._ready.append(_Answer(self._exchange.answer(request_id, done.result()), cost))
+            self._ready.append(_Answer(self._exchange.encode(request_id, done.result()), cost))
             self._something_ready.set()
 
         future.add_done_callback(answered)
@@ -275,15 +277,15 @@ class _Conversation:
             if not self._ready:
                 self._something_ready.clear()
                 await self._something_ready.wait()
-            results: list[Any] = []
+            results: list[Pieces] = []
             size_bytes = cost = 0
             while self._ready:
-                size_bytes += self._ready[0].message.ByteSize() + ITEM_OVERHEAD_BYTES
+                size_bytes += sum(map(len, self._ready[0].pieces)) + ITEM_OVERHEAD_BYTES
                 if results and size_bytes > FRAME_BYTES_MAX:
                     break
                 answer = self._ready.popleft()
-                results.append(answer.message)
+                results.append(answer.pieces)
                 cost += answer.cost
-            await self._stream.write(self._exchange.response(results=results).SerializeToString())
+            await self._stream.write(frame_of_items(results))
             self._unanswered -= cost
             self._progress.set()

@@ -1,8 +1,11 @@
-"""The bookie's calls as they travel: pairs of functions between `bookie_rpc` and `magnetar.v1.bookie_pb2`."""
+"""The bookie's calls as they travel: pairs of functions between `bookie_rpc` and `magnetar.v1.bookie_pb2`.
+
+What is sent is encoded into pieces, so that envelopes are copied once, into their frame.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from magnetar.ledger.bookie_rpc import (
     AddGroup,
@@ -16,6 +19,7 @@ from magnetar.ledger.bookie_rpc import (
     ReadResult,
 )
 from magnetar.v1 import bookie_pb2 as pb
+from magnetar.wire.framing import Pieces, bytes_field, message_field
 
 PROTOCOL_MIN = 1
 PROTOCOL_MAX = 1
@@ -23,6 +27,10 @@ FRAME_BYTES_MAX = 1 << 20
 """A frame has at most so many bytes, or exactly one item."""
 ITEM_OVERHEAD_BYTES = 64
 """What an item takes in a frame beside its envelopes, generously."""
+_ITEMS_FIELD = 2
+"""Groups, queries or results: in all requests and responses of streams."""
+_ADDED_ENTRIES_FIELD = 6
+_READ_ENTRIES_FIELD = 3
 
 _STATUSES: Mapping[int, AddStatus] = {status.value: status for status in AddStatus if status is not AddStatus.NO_ANSWER}
 _OUTCOMES: Mapping[int, EntryOutcome] = {outcome.value: outcome for outcome in EntryOutcome}
@@ -32,23 +40,36 @@ class UnexpectedAnswer(ValueError):
     """An answer that contradicts itself: nothing of what its sender says is believed."""
 
 
-def add_to_message(request_id: int, group: AddGroup) -> pb.AddGroup:
-    return pb.AddGroup(
+def frame_of_items(items: Sequence[Pieces]) -> bytes:
+    """A request or response with these items, encoded by functions of this module."""
+    return b"".join([piece for item in items for piece in message_field(_ITEMS_FIELD, item)])
+
+
+def encode_add(request_id: int, group: AddGroup) -> Pieces:
+    rest = pb.AddGroup(
         request_id=request_id,
         ledger_id=group.ledger_id,
         epoch=group.epoch,
         token=group.token,
         recovery=group.recovery,
-        entries=group.entries,
     )
+    return _with_entries(rest.SerializeToString(), _ADDED_ENTRIES_FIELD, group.entries)
+
+
+def _with_entries(rest: bytes, field: int, entries: Iterable[bytes]) -> Pieces:
+    pieces = [rest]
+    for entry in entries:
+        pieces += bytes_field(field, entry)
+    return pieces
 
 
 def add_from_message(message: pb.AddGroup, token: bytes) -> AddGroup:
     return AddGroup(message.ledger_id, message.epoch, token, tuple(message.entries), message.recovery)
 
 
-def add_result_to_message(request_id: int, result: AddResult) -> pb.AddResult:
-    return pb.AddResult(request_id=request_id, status=result.status.value, message=result.message)  # type: ignore[arg-type]
+def encode_add_result(request_id: int, result: AddResult) -> Pieces:
+    message = pb.AddResult(request_id=request_id, status=result.status.value, message=result.message)  # type: ignore[arg-type]
+    return [message.SerializeToString()]
 
 
 def add_result_from_message(message: pb.AddResult) -> AddResult:
@@ -56,8 +77,8 @@ def add_result_from_message(message: pb.AddResult) -> AddResult:
     return AddResult(_STATUSES.get(message.status, AddStatus.IO_ERROR), message.message)
 
 
-def read_to_message(request_id: int, group: ReadGroup) -> pb.ReadGroup:
-    return pb.ReadGroup(
+def encode_read(request_id: int, group: ReadGroup) -> Pieces:
+    message = pb.ReadGroup(
         request_id=request_id,
         ledger_id=group.ledger_id,
         epoch=group.epoch,
@@ -68,6 +89,7 @@ def read_to_message(request_id: int, group: ReadGroup) -> pb.ReadGroup:
         max_bytes=group.max_bytes,
         headers_only=group.headers_only,
     )
+    return [message.SerializeToString()]
 
 
 def read_from_message(message: pb.ReadGroup, token: bytes) -> ReadGroup:
@@ -83,13 +105,14 @@ def read_from_message(message: pb.ReadGroup, token: bytes) -> ReadGroup:
     )
 
 
-def read_result_to_message(request_id: int, result: ReadResult) -> pb.ReadResult:
-    return pb.ReadResult(
+def encode_read_result(request_id: int, result: ReadResult) -> Pieces:
+    rest = pb.ReadResult(
         request_id=request_id,
         outcomes=[answer.outcome.value for answer in result.answers],  # type: ignore[misc]
-        entries=[answer.entry for answer in result.answers if answer.entry is not None],
         message=result.message,
     )
+    entries = [answer.entry for answer in result.answers if answer.entry is not None]
+    return _with_entries(rest.SerializeToString(), _READ_ENTRIES_FIELD, entries)
 
 
 def read_result_from_message(message: pb.ReadResult) -> ReadResult:
@@ -106,18 +129,19 @@ def read_result_from_message(message: pb.ReadResult) -> ReadResult:
     )
 
 
-def lac_to_message(request_id: int, query: LacQuery) -> pb.LacQuery:
-    return pb.LacQuery(
+def encode_lac(request_id: int, query: LacQuery) -> Pieces:
+    message = pb.LacQuery(
         request_id=request_id, ledger_id=query.ledger_id, epoch=query.epoch, token=query.token, fence=query.fence
     )
+    return [message.SerializeToString()]
 
 
 def lac_from_message(message: pb.LacQuery, token: bytes) -> LacQuery:
     return LacQuery(message.ledger_id, message.epoch, token, message.fence)
 
 
-def lac_result_to_message(request_id: int, result: LacResult) -> pb.LacResult:
-    return pb.LacResult(
+def encode_lac_result(request_id: int, result: LacResult) -> Pieces:
+    message = pb.LacResult(
         request_id=request_id,
         outcome=result.outcome.value,  # type: ignore[arg-type]
         lac=result.lac,
@@ -126,6 +150,7 @@ def lac_result_to_message(request_id: int, result: LacResult) -> pb.LacResult:
         epoch=result.epoch,
         message=result.message,
     )
+    return [message.SerializeToString()]
 
 
 def lac_result_from_message(message: pb.LacResult) -> LacResult:

@@ -36,15 +36,17 @@ from magnetar.ledger.bookie_wire import (
     PROTOCOL_MIN,
     UnexpectedAnswer,
     add_result_from_message,
-    add_to_message,
+    encode_add,
+    encode_lac,
+    encode_read,
+    frame_of_items,
     lac_result_from_message,
-    lac_to_message,
     read_result_from_message,
-    read_to_message,
 )
 from magnetar.ledger.deadlines import Deadlines
 from magnetar.v1 import bookie_pb2 as pb
 from magnetar.v1 import common_pb2
+from magnetar.wire.framing import Pieces
 
 CALL_TIMEOUT_S = 5.0
 PAUSE_FIRST_S = 0.05
@@ -84,8 +86,7 @@ class _Kind(Generic[ItemT, ResultT]):
     method: str
     request: Callable[..., Any]
     response: Callable[[], Any]
-    items_field: str
-    encode: Callable[[int, ItemT], Any]
+    encode: Callable[[int, ItemT], Pieces]
     decode: Callable[[Any], ResultT]
     lost: Callable[[str], ResultT]
     refused: Callable[[str], ResultT]
@@ -111,8 +112,7 @@ _ADDS: _Kind[AddGroup, AddResult] = _Kind(
     "AddEntries",
     pb.AddEntriesRequest,
     pb.AddEntriesResponse,
-    "groups",
-    add_to_message,
+    encode_add,
     add_result_from_message,
     _no_add,
     _busy,
@@ -121,8 +121,7 @@ _READS: _Kind[ReadGroup, ReadResult] = _Kind(
     "ReadEntries",
     pb.ReadEntriesRequest,
     pb.ReadEntriesResponse,
-    "groups",
-    read_to_message,
+    encode_read,
     read_result_from_message,
     _no_read,
     _no_read,
@@ -131,8 +130,7 @@ _LACS: _Kind[LacQuery, LacResult] = _Kind(
     "ReadLac",
     pb.ReadLacRequest,
     pb.ReadLacResponse,
-    "queries",
-    lac_to_message,
+    encode_lac,
     lac_result_from_message,
     _no_lac,
     _no_lac,
@@ -330,7 +328,7 @@ class _Pipe(Generic[ItemT, ResultT]):
 
     def _next_frame(self) -> bytes | None:
         """Everything that is queued and fits; what timed out in the queue is not sent."""
-        items: list[Any] = []
+        items: list[Pieces] = []
         size_bytes = 0
         while self._queue:
             one = self._queue[0]
@@ -344,10 +342,7 @@ class _Pipe(Generic[ItemT, ResultT]):
             items.append(self._kind.encode(self._next_request, one.item))
             self._sent[self._next_request] = one
             self._next_request += 1
-        if not items:
-            return None
-        data: bytes = self._kind.request(**{self._kind.items_field: items}).SerializeToString()
-        return data
+        return frame_of_items(items) if items else None
 
     async def _receive(self, stream: Any) -> None:
         while True:

@@ -21,6 +21,7 @@ from google.protobuf.message import DecodeError
 from magnetar.client.refusal import PROTOCOL_VIOLATION, Refused, unavailable
 from magnetar.client.rpc import BROKER_SERVICE, BrokerRpc, RpcStream
 from magnetar.v1 import broker_pb2, common_pb2
+from magnetar.wire.framing import Pieces, bytes_field, message_field
 
 FRAME_BYTES_MAX = 1 << 20
 """A frame is at most this, or one batch."""
@@ -33,6 +34,11 @@ GREETING_S_MAX = 5.0
 
 PROTOCOL_VERSION = 1
 CLIENT_NAME = "magnetar-python"
+
+_REQUEST_BATCHES_FIELD = 3
+_BATCHES_FIELD = 1
+_BATCH_FIELD = 2
+"""Of ProduceRequest, ProduceBatches and ProduceBatch."""
 
 log = logging.getLogger("magnetar.client")
 
@@ -240,7 +246,7 @@ class ProduceStream(Stream[ProducerHandle]):
     def _next_frame(self) -> bytes | None:
         if self._control:
             return self._control.popleft().SerializeToString()
-        batches: list[broker_pb2.ProduceBatch] = []
+        batches: Pieces = []
         size = 0
         while self._waiting:
             number = self._waiting[0]
@@ -255,12 +261,11 @@ class ProduceStream(Stream[ProducerHandle]):
                 self._queued.discard(number)
                 continue
             self._waiting.append(number)
-            batches.append(broker_pb2.ProduceBatch(handle=number, batch=data))
+            batches += _batch_field(number, data)
             size += len(data)
         if not batches:
             return None
-        frame = broker_pb2.ProduceRequest(batches=broker_pb2.ProduceBatches(batches=batches))
-        return frame.SerializeToString()
+        return b"".join(message_field(_REQUEST_BATCHES_FIELD, batches))
 
     def _receive(self, frame: bytes) -> None:
         response = broker_pb2.ProduceResponse.FromString(frame)
@@ -279,6 +284,12 @@ class ProduceStream(Stream[ProducerHandle]):
                 handle.windowed(window.window_bytes)
         if response.HasField("error"):
             raise Refused.of(response.error)
+
+
+def _batch_field(number: int, data: bytes) -> Pieces:
+    """Of ProduceBatches."""
+    handle = broker_pb2.ProduceBatch(handle=number).SerializeToString()
+    return message_field(_BATCHES_FIELD, [handle, *bytes_field(_BATCH_FIELD, data)])
 
 
 class ConsumeStream(Stream[ConsumerHandle]):

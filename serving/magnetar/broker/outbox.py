@@ -19,6 +19,7 @@ from magnetar.broker.dispatch import Deliver
 from magnetar.broker.flow import Watermarks
 from magnetar.node.rpc import Refused
 from magnetar.v1 import broker_pb2
+from magnetar.wire.framing import Pieces, bytes_field, message_field
 
 FRAME_BYTES_MAX = 1 << 20
 BUFFER_BYTES_MAX = 4 << 20
@@ -27,6 +28,9 @@ ITEM_BYTES = 64
 NUMBER_BYTES = 4
 """Of a number in a list, about."""
 ITEMS_PER_FRAME_MAX = 10_000
+_DELIVERIES_FIELD = 3
+_BATCH_FIELD = 5
+"""Of ConsumeResponse and Delivery."""
 
 
 class Kind(IntEnum):
@@ -148,16 +152,18 @@ class Outbox:
         if not self._items and not self._answers:
             return None
         frame = broker_pb2.ConsumeResponse()
-        delivered = self._fill(frame)
+        deliveries: Pieces = []
+        delivered = self._fill(frame, deliveries)
         for _ in range(min(len(self._answers), ITEMS_PER_FRAME_MAX)):
             frame.acks.append(self._answers.popleft())
-        return frame.SerializeToString(), delivered
+        return b"".join([frame.SerializeToString(), *deliveries]), delivered
 
     def written(self, size_bytes: int) -> None:
         if size_bytes and self._marks.remove(size_bytes):
             self._on_room(True)
 
-    def _fill(self, frame: broker_pb2.ConsumeResponse) -> int:
+    def _fill(self, frame: broker_pb2.ConsumeResponse, deliveries: Pieces) -> int:
+        """Takes out what goes into one frame; returns what `written` counts of it."""
         items, kinds = self._items, dict[int, Kind]()
         total = delivered = 0
         for _ in range(ITEMS_PER_FRAME_MAX):
@@ -176,7 +182,7 @@ class Outbox:
             if isinstance(item.content, Deliver):
                 delivered += item.size_bytes
                 self._sent(item.handle)
-                _add_delivery(frame, item.handle, item.content)
+                deliveries += _delivery_field(item.handle, item.content)
             else:
                 item.content(frame)
                 if self._caught_up.get(item.handle) is item:
@@ -201,17 +207,18 @@ def _delivery_bytes(given: Deliver) -> int:
     return len(given.batch.data) + len(given.selection) + NUMBER_BYTES * len(given.redeliveries) + ITEM_BYTES
 
 
-def _add_delivery(frame: broker_pb2.ConsumeResponse, handle: int, given: Deliver) -> None:
+def _delivery_field(handle: int, given: Deliver) -> Pieces:
+    """Of ConsumeResponse."""
     batch = given.batch
-    frame.deliveries.add(
+    rest = broker_pb2.Delivery(
         handle=handle,
         cursor_epoch=given.cursor_epoch,
         first_offset=batch.first_offset,
         publish_time_us=batch.publish_time_us,
-        batch=batch.data,
         selection=given.selection,
         redeliveries=given.redeliveries,
     )
+    return message_field(_DELIVERIES_FIELD, [rest.SerializeToString(), *bytes_field(_BATCH_FIELD, batch.data)])
 
 
 def _add_notice(
