@@ -47,6 +47,7 @@ class Boundaries:
         """The highest LAC that a writer of the ledger has sent."""
         self._ledgers: dict[int, LedgerRecord] = {}
         self._shards: dict[int, ShardRecord] = {}
+        self._owned: dict[tuple[str, int], int] = {}
         self.on_claim: Callable[[int], None] = lambda shard: None
         """Hears of each shard whose epoch grew."""
         self.copies = Copies(fail, keyspace)
@@ -122,6 +123,15 @@ class Boundaries:
         """As it was last written."""
         return self._shards.get(shard_id)
 
+    def owns(self, broker: str, shard_id: int) -> bool:
+        """The shard is recorded as this broker's."""
+        record = self._shards.get(shard_id)
+        return record is not None and record.owner is not None and record.owner.broker_id == broker
+
+    def owned(self, broker: str, shard_id: int) -> int:
+        """The last epoch in which it was."""
+        return self._owned.get((broker, shard_id), 0)
+
     def disk_lost(self, bookie: str) -> None:
         """What it had said before does not bind it."""
         for name, ledger_id in list(self._fenced):
@@ -160,6 +170,8 @@ class Boundaries:
         if before is not None and record.epoch < before.epoch:
             self._fail(f"epoch: a shard's epoch fell: {before} {record}")
         owner, old = record.owner, None if before is None else before.owner
+        if owner is not None:
+            self._owned[owner.broker_id, record.shard_id] = record.epoch
         if before is not None and record.epoch > before.epoch:
             self.on_claim(record.shard_id)
         if owner is None or owner == old:

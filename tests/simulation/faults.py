@@ -9,6 +9,7 @@ import asyncio
 import random
 from collections.abc import Awaitable, Callable
 
+from simulation.moments import CHANGES
 from simulation.world import World
 
 HOUR_US = 3_600_000_000
@@ -99,9 +100,22 @@ async def cut_metadata(world: World, rng: random.Random) -> None:
     await _cut(world, rng, _cuts(rng, [(name, store), (store, name)]))
 
 
+async def ambush(world: World, rng: random.Random) -> None:
+    """A broker is struck at the moment when it asks the store for a change, or when that was made."""
+    change, applied = rng.choice(CHANGES), rng.random() < 0.3
+    name = await world.moments.next(change, applied=applied)
+    strike = rng.choice([_cut_off, _cut_off, _usurp, _split])
+    world.transcript.note("ambush:", name, change, "applied" if applied else "asked for", strike.__name__)
+    await strike(world, rng, name)
+
+
 async def usurp(world: World, rng: random.Random) -> None:
     """A broker is alone with the bookies and its clients: its session ends, and it does not hear of it."""
-    name, store = rng.choice(world.brokers()), world.metadata.process.name
+    await _usurp(world, rng, rng.choice(world.brokers()))
+
+
+async def _usurp(world: World, rng: random.Random, name: str) -> None:
+    store = world.metadata.process.name
     others = [other for other in world.brokers() if other != name]
     pairs = [(name, store), (store, name)]
     for source, target in pairs:
@@ -112,7 +126,11 @@ async def usurp(world: World, rng: random.Random) -> None:
 
 async def split(world: World, rng: random.Random) -> None:
     """Brokers and clients are on two sides; bookies and the store serve both. One side's session ends unheard."""
-    name, behind = rng.choice(world.brokers()), world.metadata.faults.behind
+    await _split(world, rng, rng.choice(world.brokers()))
+
+
+async def _split(world: World, rng: random.Random, name: str) -> None:
+    behind = world.metadata.faults.behind
     near, far = [name], [other for other in world.brokers() if other != name]
     for client in sorted(world.clients):
         rng.choice([near, far]).append(client)
@@ -255,6 +273,10 @@ KINDS: dict[str, tuple[Strike, float]] = {
     "repeat calls": (repeat_calls, 1.0),
 }
 """With the seconds between the end of a strike and the next one, about."""
+AMBUSH = "ambush"
+AMBUSH_S = 0.5
+AMBUSHED = 0.5
+"""Share of the storms in which brokers are ambushed, whatever else strikes."""
 
 
 class Faults:
@@ -282,6 +304,8 @@ class Faults:
         while True:
             await asyncio.sleep(rng.random() * CALM_S)
             kinds = rng.sample(self.kinds, min(len(self.kinds), rng.randrange(1, KINDS_AT_ONCE + 1)))
+            if rng.random() < AMBUSHED:
+                kinds.append(AMBUSH)
             storm = [asyncio.create_task(self._repeat(name, rng.getrandbits(64)), name=name) for name in kinds]
             self._world.transcript.note("storm:", ", ".join(kinds))
             try:
@@ -294,7 +318,7 @@ class Faults:
             self._world.transcript.note("calm")
 
     async def _repeat(self, name: str, seed: int) -> None:
-        strike, interval_s = KINDS[name]
+        strike, interval_s = (ambush, AMBUSH_S) if name == AMBUSH else KINDS[name]
         rng = random.Random(seed)
         await asyncio.sleep(rng.random())
         while True:
@@ -322,6 +346,21 @@ async def _end_session(world: World, name: str) -> None:
     if found is not None:
         world.transcript.note(name, "loses its session")
         await store.revoke_lease(found.lease_id)
+
+
+async def _cut_off(world: World, rng: random.Random, name: str) -> None:
+    """A broker from the store, until its session is over; it may be killed when what it did meanwhile is known."""
+    store, network = world.metadata.process.name, world.network
+    pairs = [(name, store), (store, name)]
+    for source, target in pairs:
+        network.cut(source, target)
+    if rng.random() < 0.5:
+        await asyncio.sleep(rng.random() * rng.choice([0.01, 0.1, 1.0]))
+        world.kill(name)
+    await asyncio.sleep(world.shape.lease_s * (1.0 + rng.random()))
+    for source, target in pairs:
+        network.heal(source, target)
+    world.start_host(name)
 
 
 async def _kill(world: World, rng: random.Random, name: str) -> None:

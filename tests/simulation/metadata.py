@@ -15,6 +15,7 @@ from typing import Any, Self, TypeVar
 
 from simulation.boundaries import Boundaries
 from simulation.loop import Process
+from simulation.moments import Moments
 from simulation.network import Network, Pipe
 
 from magnetar.metadata.memory import MemoryStore
@@ -68,6 +69,7 @@ class MetadataServer:
         self.faults = MetadataFaults()
         self.rng = random.Random(seed)
         self.boundaries: Boundaries | None = None
+        self.moments: Moments | None = None
 
     def perform(
         self, work: Callable[[], Coroutine[Any, Any, T]], answer: Callable[[T | None, Exception | None], None]
@@ -101,10 +103,14 @@ class SimulatedMetadata:
 
     async def txn(self, compares: Sequence[Compare], operations: Sequence[Operation]) -> TxnResult:
         what = compares[0].key if compares else ""
+        if self._server.moments is not None:
+            self._server.moments.reached(self._process.name, operations, applied=False)
         return await self._ask("txn", what, lambda: self._txn(compares, operations))
 
     async def _txn(self, compares: Sequence[Compare], operations: Sequence[Operation]) -> TxnResult:
         result = await self._server.store.txn(compares, operations)
+        if result.succeeded and self._server.moments is not None:
+            self._server.moments.reached(self._process.name, operations, applied=True)
         if result.succeeded and self._server.boundaries is not None:
             self._server.boundaries.applied(self._process.name, operations)
         return result

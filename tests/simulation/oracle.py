@@ -9,9 +9,11 @@ Every payload is sent by one producer, once, or again under the same sequence. S
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import NoReturn
+
+from magnetar.managed_log import cursor as managed
 
 
 class Violation(Exception):
@@ -79,6 +81,13 @@ class Oracle:
                 f"duplicate: one message at two places: {where} {sent.place} and {(shard, offset)} {payload[:40]!r}"
             )
         return sent
+
+    def served(self, shard: int, cursors: Mapping[str, managed.Cursor]) -> None:
+        """By a new owner, which begins with these: whoever answered an ack had made it durable."""
+        topic = self.topics.get(shard)
+        for subscription in self.subscriptions.values():
+            if subscription.topic == topic and subscription.name in cursors:
+                subscription.taken_over(shard, cursors[subscription.name])
 
     def subscription(self, topic: str, name: str) -> SubscriptionOracle:
         return self.subscriptions[topic, name]
@@ -149,6 +158,16 @@ class SubscriptionOracle:
         floors = self.cursor(shard).floors
         if offset not in floors and (offset < min(floors) or offset > max(floors)):
             self._oracle.fail(f"ack undone: {self._named(shard)} began at {offset}, and may stand at {sorted(floors)}")
+
+    def taken_over(self, shard: int, found: managed.Cursor) -> None:
+        """A new owner of the shard found this cursor."""
+        cursor = self.cursor(shard)
+        if self.ordered:
+            undone = [] if found.floor >= min(cursor.floors) else [found.floor]
+        else:
+            undone = [offset for offset in cursor.answered if not found.is_acked(offset)]
+        if undone:
+            self._oracle.fail(f"ack undone: a new owner knows nothing of it: {self._named(shard)} offsets={undone}")
 
     def acking(self, shard: int, offset: int) -> None:
         """An ack is sent: cumulative, if ordered."""

@@ -16,11 +16,13 @@ import grpc
 import grpc.aio
 from simulation.loop import Process
 from simulation.network import Circuit, Network
+from simulation.openings import Openings
 
 from magnetar.client.refusal import unavailable
 from magnetar.client.rpc import refused_by
 from magnetar.node.rpc import Server, Service, generic_handler
 
+PRODUCE = "/Produce"
 WINDOW_BYTES = 256 << 10
 """Written and not yet read by the other side: beyond it a writer waits."""
 
@@ -32,6 +34,7 @@ class Listeners:
         self.at: dict[str, SimulatedServer] = {}
         self.called: Callable[[str, str, bytes], None] = lambda address, method, request: None
         """Hears of each call from broker to broker."""
+        self.openings: Openings | None = None
 
 
 class SimulatedServer:
@@ -52,8 +55,14 @@ class SimulatedServer:
     def port(self) -> int:
         return int(self._address.rpartition(":")[2])
 
-    def note(self, peer: str, method: str, size: int) -> None:
-        self._transcript.note(self.process.name, "<-", peer, method[-7:], size)
+    def arrived(self, call: ServedCall, peer: str, method: str, frame: bytes) -> None:
+        self._transcript.note(self.process.name, "<-", peer, method[-7:], len(frame))
+        if self._listeners.openings is not None and method.endswith(PRODUCE):
+            self._listeners.openings.asked(call, self.process.name, frame)
+
+    def sends(self, call: ServedCall, method: str, frame: bytes) -> None:
+        if self._listeners.openings is not None and method.endswith(PRODUCE):
+            self._listeners.openings.answered(call, self.process.name, frame)
 
     def handler(self, method: str) -> Any:
         details = _Details(method)
@@ -175,6 +184,7 @@ class ServedCall:
     async def write(self, frame: bytes) -> None:
         if self._gone or self.circuit is None:
             raise asyncio.InvalidStateError("the call is over")
+        self._server.sends(self, self._method, frame)
         self.circuit.to_opener(self._client.receive, frame)
         await self._window.take(len(frame))
 
@@ -198,7 +208,7 @@ class ServedCall:
         self.task.add_done_callback(self._done)
 
     def receive(self, frame: bytes) -> None:
-        self._server.note(self._peer, self._method, len(frame))
+        self._server.arrived(self, self._peer, self._method, frame)
         self._inbox.put(frame)
 
     def give(self, size: int) -> None:

@@ -90,6 +90,7 @@ class Simulation:
         self.world = World(seed, shape, self._unexpected)
         self.oracle = Oracle(self.world.loop.time, self._fail)
         self.world.watch_boundaries(self._fail)
+        self.world.on_served = self.oracle.served
         self.workload = Workload(self.world, self.oracle, scene, seed)
         self.faults = Faults(self.world, seed)
         self.moves = random.Random(f"moving {seed}").random() < MOVED_SEEDS

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,7 +21,9 @@ from simulation.disk import NoLock, SimulatedDisk
 from simulation.entropy import EPOCH_S
 from simulation.loop import Process, SimulatedLoop
 from simulation.metadata import MetadataServer, SimulatedMetadata
+from simulation.moments import Moments
 from simulation.network import Network
+from simulation.openings import Openings
 from simulation.rpc import Listeners, SimulatedChannel, SimulatedRpc, server_at
 from simulation.transcript import Transcript
 
@@ -31,6 +33,7 @@ from magnetar.broker.broker import Broker
 from magnetar.broker.peers import Peers
 from magnetar.client.client import Client
 from magnetar.ledger.bookie_directory import BookieDirectory
+from magnetar.managed_log.cursor import Cursor
 from magnetar.managed_log.settings import LogSettings
 from magnetar.metadata.keyspace import Keyspace
 from magnetar.metadata.records import BookieRegistration
@@ -41,6 +44,7 @@ from magnetar.node.settings import BookieSettings, BrokerSettings
 CLUSTER = "simulated"
 MIB = 1 << 20
 RESTART_S = 1.0
+LOOK_S = 0.05
 STOP_S = 30.0
 CLIENT_TIMEOUT_S = 60.0
 
@@ -102,6 +106,8 @@ class World:
         self.lost_disks: list[str] = []
         self.with_workers: Callable[[str, Process, Bookie], Awaitable[Any]] | None = None
         """Starts what a bookie's process does beside storing; what it returns is stopped in its stead."""
+        self.on_served: Callable[[int, Mapping[str, Cursor]], None] = lambda shard, cursors: None
+        """Hears of each shard that has a new owner, and of the cursors that it found."""
         self._replaced_at: dict[int, float] = {}
         self._dead: list[Any] = []
         """Tasks of killed processes: were they let go, Python would run their clean-up code."""
@@ -118,7 +124,9 @@ class World:
         self.boundaries = Boundaries(fail, self.disks, self.metadata.store, self.keyspace)
         self.boundaries.on_claim = self._claimed
         self.listeners.called = self.boundaries.called
+        self.listeners.openings = Openings(fail, self.boundaries)
         self.reachable.boundaries = self.metadata.boundaries = self.boundaries
+        self.moments = self.metadata.moments = Moments(self.keyspace, self.boundaries)
 
     @property
     def servers(self) -> str:
@@ -231,6 +239,20 @@ class World:
         """If somebody else serves the shard still, it may go on for a while, and give out what it knows."""
         if not self.served_alone(shard):
             self._replaced_at[shard] = self.loop.time()
+        self.loop.create_task(self._look_at_owner(shard), context=self.loop.outside.context.copy())
+
+    async def _look_at_owner(self, shard: int) -> None:
+        """Tells `on_served` what a new owner begins with, unless it is replaced before it serves the shard."""
+        claimed = self.boundaries.shard(shard)
+        while (record := self.boundaries.shard(shard)) is not None and record.owner is not None:
+            if claimed is None or record.epoch != claimed.epoch:
+                return
+            running = self.hosts[record.owner.broker_id].running
+            served = None if running is None else running.served.get(shard)
+            if served is not None and served.log.record.epoch == record.epoch:
+                self.on_served(shard, served.log.cursors)
+                return
+            await asyncio.sleep(LOOK_S)
 
     def certain_since(self, shard: int, since: float) -> bool:
         """No broker whose shard was claimed by another one has served it after that time, if none did then."""
