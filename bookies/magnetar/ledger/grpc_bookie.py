@@ -51,6 +51,8 @@ from magnetar.wire.framing import Pieces
 CALL_TIMEOUT_S = 5.0
 PAUSE_FIRST_S = 0.05
 PAUSE_MAX_S = 2.0
+ITEMS_PER_FRAME_MAX = 128
+"""So that the bookie works on some of many small groups while others are encoded."""
 HELD_BYTES_MAX = 64 << 20
 """Queued and unanswered, a stream: beyond it calls are refused at once."""
 FRAME_HARD_BYTES_MAX = 8 << 20
@@ -330,7 +332,7 @@ class _Pipe(Generic[ItemT, ResultT]):
         """Everything that is queued and fits; what timed out in the queue is not sent."""
         items: list[Pieces] = []
         size_bytes = 0
-        while self._queue:
+        while self._queue and len(items) < ITEMS_PER_FRAME_MAX:
             one = self._queue[0]
             if items and size_bytes + one.frame_bytes > FRAME_BYTES_MAX:
                 break

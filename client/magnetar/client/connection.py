@@ -26,6 +26,9 @@ from magnetar.wire.framing import Pieces, bytes_field, message_field
 FRAME_BYTES_MAX = 1 << 20
 """A frame is at most this, or one batch."""
 
+HANDLES_PER_FRAME_MAX = 128
+"""So that the broker works for some shards while batches for others are encoded; what is for one goes together."""
+
 RANGES_PER_FRAME = 40_000
 """Ranges of acknowledgements at which a frame is full enough, about 800 KiB; brokers refuse 100 000."""
 
@@ -247,8 +250,9 @@ class ProduceStream(Stream[ProducerHandle]):
         if self._control:
             return self._control.popleft().SerializeToString()
         batches: Pieces = []
+        handles: set[int] = set()
         size = 0
-        while self._waiting:
+        while self._waiting and len(handles) < HANDLES_PER_FRAME_MAX:
             number = self._waiting[0]
             handle = self._handles.get(number)
             wanted = handle.next_size() if handle is not None else 0
@@ -263,6 +267,7 @@ class ProduceStream(Stream[ProducerHandle]):
             self._waiting.append(number)
             batches += _batch_field(number, data)
             size += len(data)
+            handles.add(number)
         if not batches:
             return None
         return b"".join(message_field(_REQUEST_BATCHES_FIELD, batches))

@@ -140,7 +140,7 @@ class Appender:
         self._handle: WriteHandle | None = None
         self._first_time_us = 0
         self._opened_us = 0
-        self._segment_bytes = shard.settings.segment_bytes
+        self._roll_rules = self._rules_for(0)
         self._end_asked = False
         self._ending: SegmentEnd | None = None
         self._stopping = False
@@ -213,7 +213,7 @@ class Appender:
         return await self._closed(self._handle, settle_s) if self._handle is not None else None
 
     def _settled_down(self) -> bool:
-        at_rest = self._stepping is None and self._linking is None and self._next_step() is None
+        at_rest = self._stepping is None and self._linking is None and self._next_step(self._roll_step()) is None
         return at_rest and self.idle
 
     async def learn_last_time(self) -> int:
@@ -294,7 +294,10 @@ class Appender:
             self._complete(handle.ledger_id, entries)
         except Exception as error:
             self._shard.fail(error)
-        self._schedule_pump()
+        if self._queue:
+            self._schedule_pump()
+        else:
+            self._wake_if_due()
 
     def _complete(self, ledger_id: int, entries: list[AppendedEntry]) -> None:
         if not entries:
@@ -315,20 +318,22 @@ class Appender:
 
     # --- steps ---
 
-    def _next_step(self) -> Callable[[], Awaitable[None]] | None:
+    def _next_step(self, roll: RollStep) -> Callable[[], Awaitable[None]] | None:
         match self.state:
             case WriteState.LOST:
                 return self._recover
             case WriteState.CLOSED:
                 return self._open if self._queue else None
             case WriteState.OPEN:
-                return {RollStep.SWITCH: self._switch, RollStep.CLOSE: self._close}.get(self._roll_step())
+                return {RollStep.SWITCH: self._switch, RollStep.CLOSE: self._close}.get(roll)
             case WriteState.LEAVING | WriteState.FINISHED:
                 return None
 
     def _roll_step(self) -> RollStep:
-        handle, settings = self._handle, self._settings
-        assert handle is not None
+        """What to do about the open ledger, if there is one."""
+        handle = self._handle
+        if self.state is not WriteState.OPEN or handle is None:
+            return RollStep.STAY
         segment = OpenSegment(
             size_bytes=handle.length,
             opened_us=self._opened_us,
@@ -337,25 +342,24 @@ class Appender:
             asked=self._end_asked,
             waiting=not self.idle,
         )
-        rules = RollRules(self._segment_bytes, int(settings.segment_s * 1_000_000), settings.link_ahead)
-        return roll_step(rules, segment, self._shard.now_us())
+        return roll_step(self._roll_rules, segment, self._shard.now_us())
 
     def _wake_if_due(self) -> None:
         if self._shard.released is not None or self._stepping is not None:
             return
-        if self._next_step() is not None:
+        roll = self._roll_step()
+        if self._next_step(roll) is not None:
             self._stepping = self._shard.spawn(self._steps)
-        elif self._linking is None and self._wants_next():
+        elif self._linking is not None:
+            return
+        elif roll is RollStep.LINK_AHEAD and not self._stopping:
             self._linking = self._shard.spawn(self._link_ahead)
-        elif self._settled_down():
+        elif self.idle:
             self._settled.set()
-
-    def _wants_next(self) -> bool:
-        return self.state is WriteState.OPEN and not self._stopping and self._roll_step() is RollStep.LINK_AHEAD
 
     async def _steps(self) -> None:
         try:
-            while (step := self._next_step()) is not None:
+            while (step := self._next_step(self._roll_step())) is not None:
                 await step()
         finally:
             self._stepping = None
@@ -378,11 +382,16 @@ class Appender:
         self._chain.open_first_time_us = self._first_time_us = 0
         self._opened_us = self._shard.now_us()
         retained = self._chain.bytes_above(self._chain.start_offset, 0, self.end_offset)
-        self._segment_bytes = segment_bytes_for(retained, self._settings.segment_bytes)
+        self._roll_rules = self._rules_for(retained)
         self._end_asked = False
         self.state = WriteState.OPEN
         self._events.segment_started(ledger, lambda: handle.lac)
         self._schedule_pump()
+
+    def _rules_for(self, retained_bytes: int) -> RollRules:
+        settings = self._settings
+        segment_bytes = segment_bytes_for(retained_bytes, settings.segment_bytes)
+        return RollRules(segment_bytes, int(settings.segment_s * 1_000_000), settings.link_ahead)
 
     async def _open(self) -> None:
         """CLOSED -> OPEN."""
