@@ -255,7 +255,7 @@ async def test_without_progress_everything_of_the_shard_fails_together_and_says_
         results = await asyncio.gather(*receipts, return_exceptions=True)
         assert all(isinstance(result, ClusterUnavailable) for result in results)
         assert "may or may not be stored" in str(results[0])
-        assert "takes what it is sent, and does not answer" in str(results[0])
+        assert "takes what it is sent, and does not answer: `magnetar cluster health` says whether" in str(results[0])
         cluster.on_batch = lambda shard, header: Fate.STORE
         # They were stored after all; the producer goes on behind them.
         assert (await producer.send(b"next")).offset == 4

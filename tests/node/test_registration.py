@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+from structlog.testing import capture_logs
 
 from magnetar.metadata.leases import HeldLease
 from magnetar.metadata.memory import MemoryStore
@@ -76,11 +77,15 @@ async def test_a_lost_session_is_told_and_replaced_by_a_new_one() -> None:
         first = await registration.register()
         stored = await store.get(KEY)
         assert stored is not None
-        await store.revoke_lease(stored.lease_id)
-        await again.wait()
+        with capture_logs() as logged:
+            await store.revoke_lease(stored.lease_id)
+            await again.wait()
         assert told == ["session", "lost", "session"]
         assert registration.session is not None
         assert registration.session > first
+        # The end of the trouble is told as loudly as its begin.
+        told_people = [(line["event"], line["session"]) for line in logged if line["log_level"] == "warning"]
+        assert told_people == [("session lost", first), ("registered again", registration.session)]
         await registration.close()
 
 

@@ -261,7 +261,8 @@ class ShardLink(ABC, Generic[StreamT]):
         """Why nothing moves, as far as is known here."""
         if self._stream is not None:
             return unavailable(
-                f"the shard's broker takes what it is sent, and does not answer: broker=`{self._stream.address}`"
+                "the shard's broker takes what it is sent, and does not answer: `magnetar cluster health` says whether "
+                f"bookies are missing broker=`{self._stream.address}`"
             )
         if self._at:
             return unavailable(f"the shard's broker cannot be reached: broker=`{self._at}`")

@@ -149,7 +149,10 @@ class Registration:
             log.warning("session lost", key=self.key, session=self.session)
             self._lost_session, self.session = self.session, None
             self._on_lost()
-            self._begin(await self._register_again())
+            session = await self._register_again()
+            # As loud as the loss: whoever reads the log sees that it is over.
+            log.warning("registered again", key=self.key, session=session)
+            self._begin(session)
 
     async def _register_again(self) -> int:
         while True:
