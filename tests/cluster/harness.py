@@ -53,10 +53,11 @@ def pass_time(seconds: float) -> None:
     time.sleep(seconds)
 
 
-def on(*clusters: tuple[MetadataKind, int]) -> pytest.MarkDecorator:
-    """Marks a test that runs on these shared clusters: a metadata store, and so many bookies."""
-    names = [f"{store}-{bookies}" for store, bookies in clusters]
-    return pytest.mark.parametrize("shared_cluster", clusters, ids=names, indirect=True, scope="session")
+def on(*clusters: tuple[MetadataKind, int], long: Sequence[tuple[MetadataKind, int]] = ()) -> pytest.MarkDecorator:
+    """Marks a test that runs on these shared clusters: a metadata store, and so many bookies. `long`: not in CI."""
+    cases = [pytest.param(one, id=f"{one[0]}-{one[1]}") for one in clusters]
+    cases += [pytest.param(one, id=f"{one[0]}-{one[1]}", marks=pytest.mark.long) for one in long]
+    return pytest.mark.parametrize("shared_cluster", cases, indirect=True, scope="session")
 
 
 # --- processes ---

@@ -36,7 +36,6 @@ def cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         network.close()
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("cluster", ["server", "etcd"], indirect=True, scope="module")
 def test_a_broker_that_is_cut_from_metadata_loses_its_shards_and_nothing_else(
     cluster: Cluster, load: Load, client: Client, judge: Judge
@@ -55,7 +54,6 @@ def test_a_broker_that_is_cut_from_metadata_loses_its_shards_and_nothing_else(
     assert load.history.longest_pause() < TAKEOVER_S
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("cluster", ["server"], indirect=True, scope="module")
 def test_brokers_that_are_cut_from_bookies_go_on_without_one_and_after_being_without_all(
     cluster: Cluster, load: Load, client: Client, judge: Judge

@@ -26,7 +26,7 @@ def cluster(shared_cluster: Cluster) -> Cluster:
     return shared_cluster
 
 
-@on(("server", 3))
+@on(("server", 3), long=[("etcd", 4)])
 def test_sigstop_of_a_bookie_is_hidden_by_the_others(cluster: Cluster, load: Load, judge: Judge) -> None:
     load.run(2.0)
     quiet = load.run(QUIET_S)
@@ -43,7 +43,6 @@ def test_sigstop_of_a_bookie_is_hidden_by_the_others(cluster: Cluster, load: Loa
     assert meanwhile.p999 <= WORSE_AT_MOST * before.p999
 
 
-@pytest.mark.long
 @on(("server", 3), ("etcd", 4))
 def test_sigstop_of_a_broker_makes_no_second_writer(cluster: Cluster, load: Load, judge: Judge) -> None:
     load.run(2.0)
@@ -68,7 +67,6 @@ def test_sigstop_of_a_broker_makes_no_second_writer(cluster: Cluster, load: Load
     assert load.history.longest_pause() < TAKEOVER_S
 
 
-@pytest.mark.long
 @on(("server", 3))
 def test_sigstop_of_the_metadata_server_holds_up_nobody_and_ends_no_session(
     cluster: Cluster, load: Load, judge: Judge

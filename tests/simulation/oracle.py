@@ -30,8 +30,6 @@ class Sent:
     key: str | None
     ordered: bool
     """Keyless messages of one producer keep their order only if it has a name."""
-    unnumbered: str = ""
-    """The producer's name, if it has one and leaves numbering to the library."""
     fenced: bool = False
     """Somebody else has the producer's name already: it must not be stored."""
     place: tuple[int, int] | None = None

@@ -259,8 +259,7 @@ class Producing:
         key = f"k{rng.randrange(KEYS)}" if self._keyed and rng.random() < 0.95 else None
         self._unconfirmed[number] = (payload, key)
         ordered = key is not None or self._name is not None
-        unnumbered = "" if self._numbered or self._name is None else self._name
-        actor.oracle.sending(payload, Sent(producer, number, self._topic, key, ordered, unnumbered))
+        actor.oracle.sending(payload, Sent(producer, number, self._topic, key, ordered))
         return number
 
     async def _send(self, producer: Producer, numbers: list[int]) -> None:
@@ -350,9 +349,7 @@ class Rivalling:
                 self._next += 1
                 payload = f"{actor.name}:{self._next}:{'fenced' if fenced else ''}".encode()
                 label = f"{actor.name}.{mine.began}"
-                actor.oracle.sending(
-                    payload, Sent(label, self._next, self._topic, None, ordered=True, unnumbered="rival", fenced=fenced)
-                )
+                actor.oracle.sending(payload, Sent(label, self._next, self._topic, None, ordered=True, fenced=fenced))
                 place = await producer.send(payload)
                 actor.oracle.confirmed(payload, place.shard, place.offset)
                 await actor.pause()
