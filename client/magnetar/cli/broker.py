@@ -26,7 +26,7 @@ def broker(
     print_config: PrintConfigOption = False,
     output: OutputOption = Output.table,
 ) -> None:
-    """Runs a broker, which serves topics, until Ctrl-C or SIGTERM. Needs an id; see --print-config."""
+    """Runs a broker, which serves topics, until Ctrl-C or SIGTERM. Needs an id: --set id=NAME."""
 
     def start() -> Start:
         if workers is not None:
