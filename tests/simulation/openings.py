@@ -1,7 +1,8 @@
 """A promise about the future is an owner's: a producer's name is opened for a new connection only by a broker that
 owned the shard after it was asked to. One that was replaced promises what its successor does not know of.
 
-A connection that was opened before may be opened again by whoever knows of it: the promise is made already.
+A connection that was opened before may be opened again by whoever knows of it: the promise is made already. So may one
+that the broker was asked for before, if it was the owner since, whether it has answered or not.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ class Openings:
         self._boundaries = boundaries
         self._asked: dict[tuple[object, int], Asked] = {}
         self._opened: set[tuple[int, str, int]] = set()
+        self._first: dict[tuple[str, int, str, int], Asked] = {}
+        """When a broker was asked for a connection for the first time: it may open it once it is the owner."""
 
     def asked(self, stream: object, broker: str, frame: bytes) -> None:
         """This frame arrived at the broker."""
@@ -45,7 +48,9 @@ class Openings:
             shard, boundaries = opening.shard_id, self._boundaries
             owned, replaced = boundaries.owned(broker, shard), not boundaries.owns(broker, shard)
             name = f"{opening.topic}/{opening.name}"
-            self._asked[stream, opening.handle] = Asked(shard, name, opening.epoch, owned, replaced)
+            asked = Asked(shard, name, opening.epoch, owned, replaced)
+            first = self._first.setdefault((broker, shard, name, opening.epoch), asked)
+            self._asked[stream, opening.handle] = first
 
     def answered(self, stream: object, broker: str, frame: bytes) -> None:
         """The broker sends this one."""
