@@ -17,7 +17,7 @@ import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import pytest
 from cluster.network import Network
@@ -55,9 +55,19 @@ def pass_time(seconds: float) -> None:
 
 def on(*clusters: tuple[MetadataKind, int], long: Sequence[tuple[MetadataKind, int]] = ()) -> pytest.MarkDecorator:
     """Marks a test that runs on these shared clusters: a metadata store, and so many bookies. `long`: not in CI."""
+    return pytest.mark.parametrize("shared_cluster", _cases(clusters, long), indirect=True, scope="session")
+
+
+def on_its_own(
+    *clusters: tuple[MetadataKind, int], long: Sequence[tuple[MetadataKind, int]] = ()
+) -> pytest.MarkDecorator:
+    """The same for tests whose file makes a cluster of its own kind, `cluster`."""
+    return pytest.mark.parametrize("cluster", _cases(clusters, long), indirect=True, scope="module")
+
+
+def _cases(clusters: Sequence[tuple[MetadataKind, int]], long: Sequence[tuple[MetadataKind, int]]) -> list[Any]:
     cases = [pytest.param(one, id=f"{one[0]}-{one[1]}") for one in clusters]
-    cases += [pytest.param(one, id=f"{one[0]}-{one[1]}", marks=pytest.mark.long) for one in long]
-    return pytest.mark.parametrize("shared_cluster", cases, indirect=True, scope="session")
+    return cases + [pytest.param(one, id=f"{one[0]}-{one[1]}", marks=pytest.mark.long) for one in long]
 
 
 # --- processes ---

@@ -6,15 +6,16 @@ import shutil
 from collections.abc import Iterator
 
 import pytest
-from cluster.harness import LEASE_S, Cluster
+from cluster.harness import LEASE_S, Cluster, on_its_own
 from cluster.load import Judge, Load
 
 LOST, OTHER = "bookie0", "bookie1"
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    cluster = Cluster(tmp_path_factory.mktemp("cluster"))
+def cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    metadata, bookies = request.param
+    cluster = Cluster(tmp_path_factory.mktemp("cluster"), metadata=metadata, bookies=bookies)
     try:
         cluster.start()
         yield cluster
@@ -22,6 +23,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         cluster.close()
 
 
+@on_its_own(("server", 3), long=[("etcd", 4)])
 def test_a_bookie_without_its_directory_answers_for_nothing_that_it_lost(
     cluster: Cluster, load: Load, judge: Judge
 ) -> None:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from cluster.harness import LEASE_S, METADATA, Cluster, until
+from cluster.harness import LEASE_S, METADATA, Cluster, on_its_own, until
 from cluster.load import Judge, Load
 from cluster.network import Network
 
@@ -27,7 +27,8 @@ QUIET_S = 2.0
 @pytest.fixture(scope="module")
 def cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     network = Network()
-    cluster = Cluster(tmp_path_factory.mktemp("cluster"), metadata=request.param, network=network)
+    metadata, bookies = request.param
+    cluster = Cluster(tmp_path_factory.mktemp("cluster"), metadata=metadata, bookies=bookies, network=network)
     try:
         cluster.start()
         yield cluster
@@ -36,7 +37,7 @@ def cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         network.close()
 
 
-@pytest.mark.parametrize("cluster", ["server", "etcd"], indirect=True, scope="module")
+@on_its_own(("server", 3), ("etcd", 4))
 def test_a_broker_that_is_cut_from_metadata_loses_its_shards_and_nothing_else(
     cluster: Cluster, load: Load, client: Client, judge: Judge
 ) -> None:
@@ -54,7 +55,7 @@ def test_a_broker_that_is_cut_from_metadata_loses_its_shards_and_nothing_else(
     assert load.history.longest_pause() < TAKEOVER_S
 
 
-@pytest.mark.parametrize("cluster", ["server"], indirect=True, scope="module")
+@on_its_own(("server", 3), long=[("etcd", 4)])
 def test_brokers_that_are_cut_from_bookies_go_on_without_one_and_after_being_without_all(
     cluster: Cluster, load: Load, client: Client, judge: Judge
 ) -> None:
