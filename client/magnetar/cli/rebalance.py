@@ -126,7 +126,7 @@ def apply(
     async def body(client: Client) -> RebalanceOperation | None:
         rebalance = client.admin.rebalance
         wanted = saved or await rebalance.plan(goal=goal.value, max_bytes=max_bytes, topic=topic)
-        if not wanted.moves and saved is None:
+        if not wanted.moves:
             return None
         return await rebalance.apply(wanted, throttle=throttle, dry_run=dry_run)
 

@@ -125,11 +125,16 @@ class RebalancePlan:
             moves = tuple(_saved_move(move, of_brokers=goal == "brokers") for move in saved["moves"])
             skews = float(saved["skew_before"]), float(saved["skew_after"])
         except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
-            what = f"it has no {error}" if isinstance(error, KeyError) else str(error)
-            raise InvalidArgument(
-                f"this is no saved plan: make one with `magnetar rebalance plan --output json` ({what})"
-            ) from None
+            remedy = "make one with `magnetar rebalance plan --output json`"
+            raise InvalidArgument(f"this is no saved plan: {remedy} ({_what_is_wrong(error)})") from None
         return cls(revision, goal, moves, sum(move.bytes for move in moves), *skews)
+
+
+def _what_is_wrong(error: Exception) -> str:
+    """With a saved plan, in words."""
+    if isinstance(error, KeyError):
+        return f"it has no {error}"
+    return "its JSON has another structure" if isinstance(error, TypeError) else str(error)
 
 
 @dataclass(frozen=True, slots=True)
