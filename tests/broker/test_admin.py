@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from broker_world import KEYSPACE, TOPIC, Calls, Cluster, ProduceClient, batch, eventually, refusal
 
 from magnetar.broker.broker import Broker
-from magnetar.metadata.records import Anchor, SubscriptionType
+from magnetar.metadata.codec import decode_bookie, encode_bookie, encode_copy
+from magnetar.metadata.records import Anchor, CopyReason, CopyTask, SubscriptionType
+from magnetar.metadata.store import Delete, Put
 from magnetar.node.rpc import Refused
 from magnetar.v1 import admin_pb2 as pb
 from magnetar.v1 import common_pb2, metadata_pb2
@@ -419,3 +422,23 @@ async def test_health_counts_shards_whose_owner_is_gone(
 async def test_a_topic_that_does_not_exist_is_not_found(calls: Calls, method: str) -> None:
     data = pb.DescribeTopicRequest(topic="none").SerializeToString()
     assert (await refusal(calls.raw("AdminService", method, data))).reason == common_pb2.ERROR_REASON_TOPIC_NOT_FOUND
+
+
+async def test_health_waits_until_a_bookie_that_started_empty_has_its_part_again(
+    cluster: Cluster, broker: Broker, calls: Calls
+) -> None:
+    await calls.create_topic()
+    found = await cluster.store.get(KEYSPACE.bookie("bookie2"))
+    assert found is not None
+    reborn = encode_bookie(replace(decode_bookie(found.value), ledger_floor=1000))
+    task = CopyTask(999, "bookie2", "bookie2", CopyReason.UNREPLICATED, last_entry=5)
+    later = CopyTask(1000, "bookie2", "bookie2", CopyReason.UNREPLICATED, last_entry=5)
+    tasks = [Put(KEYSPACE.copy(one.ledger_id, one.place), encode_copy(one)) for one in (task, later)]
+    await cluster.store.txn([], [Put(KEYSPACE.bookie("bookie2"), reborn, found.lease_id), *tasks])
+    directory = broker._admin._bookies
+    await eventually(lambda: any(bookie.ledger_floor for bookie in directory.registered()))
+    answer = await health(calls)
+    assert (answer.healthy, answer.under_replicated_ledgers) == (False, 1)
+    assert any("bookie2 started with an empty directory" in problem for problem in answer.problems)
+    await cluster.store.txn([], [Delete(KEYSPACE.copy(999, "bookie2"))])
+    assert (await health(calls)).healthy

@@ -24,7 +24,7 @@ from magnetar.broker.shard import ServedShard
 from magnetar.broker.topics import Topics
 from magnetar.ledger.bookie_rpc import Bookies
 from magnetar.metadata.backoff import Backoff
-from magnetar.metadata.codec import decode_broker, start_position_from_message
+from magnetar.metadata.codec import decode_broker, decode_copy, start_position_from_message
 from magnetar.metadata.keyspace import Keyspace
 from magnetar.metadata.records import (
     LedgerRecord,
@@ -427,12 +427,14 @@ class Admin:
                 findings.ledger(record)
         async for ledger in self._records.closed_ledgers():
             findings.ledger(ledger)
+        async for item in self._records.under(self._keyspace.copies_prefix()):
+            findings.copy(decode_copy(item.value))
         problems = findings.problems(self._broker.settings.ensemble_size)
         return pb.ClusterHealthResponse(
             healthy=not problems,
             brokers=len(sessions),
             bookies=len(bookies),
-            under_replicated_ledgers=findings.under_replicated,
+            under_replicated_ledgers=len(findings.under_replicated),
             unavailable_shards=findings.unavailable_shards,
             problems=problems,
         ).SerializeToString()

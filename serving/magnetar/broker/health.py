@@ -1,6 +1,7 @@
 """The state of a cluster, judged by its records: which ledgers miss a bookie, which shards nobody can serve.
 
-A bookie without a session counts as missing. That is not yet a loss: it may come back, or be replaced.
+A bookie without a session counts as missing. That is not yet a loss: it may come back, or be replaced. One that started
+again with an empty directory lives, and lacks every ledger that it is still to complete.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from magnetar.metadata.records import (
     VACANT,
     BookieRegistration,
     BookieState,
+    CopyTask,
     LedgerRecord,
     LedgerState,
     Owner,
@@ -29,9 +31,11 @@ class Findings:
 
     bookies: Mapping[str, BookieRegistration]
     sessions: Collection[Owner]
-    under_replicated: int = 0
+    under_replicated: set[int] = field(default_factory=set)
     vacant: int = 0
     lost_bookies: Counter[str] = field(default_factory=Counter)
+    refilled: Counter[str] = field(default_factory=Counter)
+    """Bookies that lost their directory, and how many ledgers each is to complete."""
     orphans: dict[str, set[int]] = field(default_factory=dict)
     unreadable: dict[int, set[int]] = field(default_factory=dict)
     halted: dict[int, set[str]] = field(default_factory=dict)
@@ -42,13 +46,20 @@ class Findings:
         vacant = any(bookie == VACANT for fragment in record.fragments for bookie in fragment.bookies)
         self.lost_bookies.update(missing)
         self.vacant += vacant
-        self.under_replicated += bool(missing) or vacant
+        if missing or vacant:
+            self.under_replicated.add(record.ledger_id)
         if any(not any(bookie in self.bookies for bookie in fragment.bookies) for fragment in record.fragments):
             self.unreadable.setdefault(record.shard_id, set()).add(record.ledger_id)
         members = record.fragments[-1].bookies
         living = sum(bookie in self.bookies for bookie in members)
         if record.state is LedgerState.OPEN and living < record.ack_quorum:
             self.halted.setdefault(record.shard_id, set()).update({*members} - {VACANT} - {*self.bookies})
+
+    def copy(self, task: CopyTask) -> None:
+        bookie = self.bookies.get(task.place)
+        if bookie is not None and task.completes and task.ledger_id < bookie.ledger_floor:
+            self.refilled[task.place] += 1
+            self.under_replicated.add(task.ledger_id)
 
     def shard(self, record: ShardRecord) -> None:
         if record.owner is not None and record.owner not in self.sessions:
@@ -78,6 +89,14 @@ class Findings:
                 "makes its part anew on others, see `magnetar cluster repair`; if its disk is lost, without a spare, "
                 f"start it with an empty directory and --repair-bookie {bookie}"
                 for bookie, ledgers in sorted(self.lost_bookies.items())
+            ],
+            "bookies",
+        )
+        problems += _limited(
+            [
+                f"bookie {bookie} started with an empty directory and is still to get {ledgers} ledgers or more: wait, "
+                "and stop no other bookie; `magnetar cluster repair` shows how it goes on"
+                for bookie, ledgers in sorted(self.refilled.items())
             ],
             "bookies",
         )
