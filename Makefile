@@ -25,10 +25,10 @@ sim: $(VENV)/.dev ## Simulated clusters under faults: SEEDS=n (FIRST=x fixes the
 	$(BIN)/python tests/simulation/run.py $(if $(SEED),--seed $(SEED),--seeds $(or $(SEEDS),100) $(if $(FIRST),--first $(FIRST)))
 
 soak: ROUNDS ?= 10
-soak: $(VENV)/.dev ## The cluster tests ROUNDS times over, all planted bugs, 10,000 seeds of the simulator: hours
+soak: $(VENV)/.dev ## The cluster tests ROUNDS times over, 10,000 seeds of the simulator, all planted bugs: hours
 	for round in $$(seq $(ROUNDS)); do $(BIN)/python -m pytest tests/cluster -s || exit 1; done
-	$(BIN)/python tests/simulation/run.py --plant all --seeds 500
 	$(BIN)/python tests/simulation/run.py --seeds 10000 --brief
+	$(BIN)/python tests/simulation/run.py --plant all --seeds 500
 
 takeover: $(VENV)/.dev ## How long it takes until the topics of a killed broker are another one's: TOPICS=n of two brokers
 	$(BIN)/python tests/performance/takeover.py --topics $(or $(TOPICS),2000)

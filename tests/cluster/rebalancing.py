@@ -76,7 +76,12 @@ def until_moved(client: Client, operation: str, moves: int) -> None:
     )
 
 
-def average_rate(operation: RebalanceOperation) -> float:
+def copied_bytes(cluster: Cluster) -> float:
+    """What was copied to all bookies, by their own count. Less than what was moved where a target had some already."""
+    return sum(cluster.metric(name, "magnetar_repair_copied_bytes_total") for name in cluster.bookies)
+
+
+def average_rate(operation: RebalanceOperation, size_bytes: float) -> float:
     """Bytes per second, from its begin to its end."""
     assert operation.ended is not None
-    return operation.bytes_done / (operation.ended - operation.created).total_seconds()
+    return size_bytes / (operation.ended - operation.created).total_seconds()

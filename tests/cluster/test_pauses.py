@@ -60,9 +60,8 @@ def test_sigstop_of_a_broker_makes_no_second_writer(cluster: Cluster, load: Load
         load.run(ASKING_S)
         for name in stopped:
             cluster.resume(name)
+        # What it writes as the owner that it was is refused; some shards may be handed to it again.
         load.run(3.0)
-        with cluster.connect() as client:
-            assert victim not in owners(client, load.topic)
     judge(load)
     assert load.history.longest_pause() < TAKEOVER_S
 

@@ -50,7 +50,7 @@ def move(client: Client, throttle: int) -> None:
     begun = client.admin.rebalance.apply(plan, throttle=throttle)
     operation = until_ended(client, begun.operation, MOVED_S)
     assert operation.ended is not None
-    rate = average_rate(operation)
+    rate = average_rate(operation, operation.bytes_done)
     tell("time", f"{(operation.ended - operation.created).total_seconds():.1f} s")
     tell("rate", human_rate(rate), f"of {human_rate(throttle)}, {rate / throttle - 1:+.1%}")
     tell(

@@ -8,6 +8,7 @@
    What has ended never changes, and leaves no task.
 4. What an operation's tasks have moved stands in its moves when it has ended: else nothing would take it back.
 5. A bookie that is removed is in no closed ledger.
+6. A shard of which an operation says that it moved it has been where it was to go since the operation began.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NoReturn
 
-from magnetar.metadata.codec import decode_copy, decode_ledger, decode_moves, decode_operation
+from magnetar.metadata.codec import decode_copy, decode_ledger, decode_moves, decode_operation, decode_shard
 from magnetar.metadata.keyspace import Keyspace
 from magnetar.metadata.records import (
     VACANT,
     CopyTask,
     Fragment,
+    Goal,
     LedgerRecord,
     Move,
     MoveState,
@@ -44,6 +46,7 @@ class Copies:
         self._copies_prefix = keyspace.copies_prefix()
         self._operations_prefix = keyspace.operations_prefix()
         self._cookies_prefix = keyspace.cookies_prefix()
+        self._shards_prefix = keyspace.shards_prefix()
         self._moves_root = keyspace.root + "moves/"
         self._keyspace = keyspace
         self.ledgers: dict[int, LedgerRecord] = {}
@@ -53,6 +56,10 @@ class Copies:
         self.moves: dict[str, dict[int, tuple[Move, ...]]] = defaultdict(dict)
         """Of each operation the pages of its moves."""
         self._carried: dict[str, set[Carried]] = defaultdict(set)
+        self.owners: dict[int, str] = {}
+        """Of each shard that has one."""
+        self._arrived: dict[str, set[tuple[int, str]]] = {}
+        """Of each operation that moves shards: which shards have been at which brokers since it began."""
         self.history: dict[int, list[tuple[Fragment, ...]]] = {}
         """All fragment lists that a closed ledger has had."""
         self.on_removed: Callable[[str], None] = lambda bookie: None
@@ -61,6 +68,7 @@ class Copies:
         """A transaction of this process. What it does to ledgers is judged by the tasks that stood before it."""
         kinds = (
             (self._ledgers_prefix, self._ledger),
+            (self._shards_prefix, self._shard),
             (self._copies_prefix, self._task),
             (self._moves_root, self._page),
             (self._operations_prefix, lambda change: self._operation(by, change)),
@@ -105,6 +113,18 @@ class Copies:
         if task.operation and claim.replaces not in after.bookies():
             self._carried[task.operation].add((before.ledger_id, claim.replaces, claim.target))
 
+    # --- shards ---
+
+    def _shard(self, change: Put | Delete) -> None:
+        if isinstance(change, Delete):
+            return
+        record = decode_shard(change.value)
+        self.owners.pop(record.shard_id, None)
+        if record.owner is not None:
+            self.owners[record.shard_id] = record.owner.broker_id
+            for arrived in self._arrived.values():
+                arrived.add((record.shard_id, record.owner.broker_id))
+
     # --- tasks ---
 
     def _task(self, change: Put | Delete) -> None:
@@ -123,16 +143,24 @@ class Copies:
 
     # --- operations ---
 
+    def moves_of(self, operation_id: str) -> list[Move]:
+        return [move for _, page in sorted(self.moves[operation_id].items()) for move in page]
+
     def _page(self, change: Put | Delete) -> None:
         if isinstance(change, Put):
             name, page = self._keyspace.parse_moves(change.key)
             moves = self.moves[name][page] = decode_moves(change.value)
+            arrived = self._arrived.setdefault(name, set(self.owners.items()))
+            for move in moves:
+                at_target = (move.shard_id, move.target) in arrived
+                if move.shard_id and move.state is MoveState.DONE and not at_target:
+                    self._fail(f"operation: it says that it moved what it did not: {name} {move}")
             self._check_known(name, [move for move in moves if move.state is MoveState.SKIPPED])
 
     def _check_known(self, name: str, moves: Sequence[Move]) -> None:
         """None of these was made by the operation's own task, and still is."""
         for move in moves:
-            record = self.ledgers.get(move.ledger_id)
+            record = self.ledgers.get(move.ledger_id)  # none for a shard
             if record is None or (move.ledger_id, move.source, move.target) not in self._carried[name]:
                 continue
             if move.target in record.bookies() and move.source not in record.bookies():
@@ -151,10 +179,12 @@ class Copies:
             self._fail(f"operation: one that has ended was changed by {by}: {before} {after}")
         if before.state is OperationState.CANCELLED and after.state is not OperationState.CANCELLED:
             self._fail(f"operation: one that was cancelled goes on: {before} {after}")
-        ordered = replace(before, state=after.state, bytes_per_s=after.bytes_per_s)
-        if by.startswith("broker") and after != ordered:
+        ordered = after == replace(before, state=after.state, bytes_per_s=after.bytes_per_s)
+        orders = by.startswith("broker")
+        carries_out = orders if after.goal is Goal.BROKERS else not orders
+        if orders and not carries_out and not ordered:
             self._fail(f"operation: an order changed the progress: {before} {after}")
-        if not by.startswith("broker"):
+        if carries_out and not (orders and ordered):
             self._carried_on(before, after)
 
     def _carried_on(self, before: Rebalance, after: Rebalance) -> None:
@@ -171,8 +201,8 @@ class Copies:
         name = operation.operation_id
         if left := self.tasks_of(name):
             self._fail(f"operation: it ended and left tasks: {operation} {left}")
-        moves = [move for _, page in sorted(self.moves[name].items()) for move in page]
-        done = {(move.ledger_id, move.source, move.target) for move in moves if move.state is MoveState.DONE}
+        moves = self.moves_of(name)
+        done = [move for move in moves if move.state is MoveState.DONE]
         self._check_known(name, [move for move in moves if move.state is MoveState.PENDING])
         if operation.state is OperationState.DONE and any(move.state is MoveState.PENDING for move in moves):
             self._fail(f"operation: it is done, and a move is not: {operation} {moves}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +21,7 @@ from magnetar.bookie.judge import Fence, Remove
 from magnetar.broker import served
 from magnetar.broker.dedup import ProducerTable
 from magnetar.broker.shard import ServedShard
+from magnetar.broker.shard_runner import ShardRunner
 from magnetar.ledger.errors import LedgerLost
 from magnetar.ledger.recoverer import Recoverer
 from magnetar.ledger.recovery import AskEntries, AskLac
@@ -31,6 +33,7 @@ from magnetar.metadata.copy_txns import CopyTxn, Stored, StoredTask
 from magnetar.metadata.records import CopyClaim, OperationState
 from magnetar.metadata.shards import ShardMetadata
 from magnetar.metadata.store import MetadataUnavailable, Put
+from magnetar.node.rpc import Refused
 from magnetar.repair.operation_txns import StoredOperation
 from magnetar.repair.operations import RunningOperation
 from magnetar.repair.replicator import Replicator
@@ -229,6 +232,16 @@ def cancelled_rebalancing_that_is_taken_up_again() -> None:
     Runner._held = planted  # type: ignore[method-assign]
 
 
+def hand_off_counted_though_it_was_refused() -> None:
+    move = ShardRunner._move
+
+    async def planted(self: ShardRunner, move_to_make: Any, reason: str) -> None:
+        with suppress(Refused):
+            await move(self, move_to_make, reason)
+
+    ShardRunner._move = planted  # type: ignore[method-assign]
+
+
 def name_opened_at_a_replaced_owner() -> None:
     async def planted(self: ServedShard) -> None:
         self.check_served()
@@ -253,4 +266,5 @@ PLANTS: dict[str, Callable[[], None]] = {
     "collector that trusts a partial listing": collector_that_trusts_a_partial_listing,
     "cancelled rebalancing that forgets late moves": cancelled_rebalancing_that_forgets_late_moves,
     "cancelled rebalancing that is taken up again": cancelled_rebalancing_that_is_taken_up_again,
+    "hand-off counted though it was refused": hand_off_counted_though_it_was_refused,
 }

@@ -1,4 +1,4 @@
-"""An operator who rebalances bookies, drains them and removes one, at random and whatever happens.
+"""An operator who rebalances bookies and brokers, drains bookies and removes one, at random and whatever happens.
 
 Each bookie's process makes copies, scrubs, and may be elected, as a real one does (`repair/workers.py`): who carries an
 operation out dies, stands still and is cut off with its bookie. Orders go through the admin service of any broker.
@@ -7,8 +7,9 @@ operation out dies, stands still and is cut off with its bookie. Orders go throu
 
 1. Every operation ends, but for those that the operator has paused; resumed, these end, too.
 2. An operation that is rolled back as a whole leaves the fragment lists as they were, though whoever runs it is killed.
-3. A bookie that is drained is empty, and can be removed and started anew; nothing is lost.
-4. No task and no claim is left; every copy that a closed ledger's record names is there, the same bytes, and the admin
+3. The same of one that moves shards: they are where they were to go, and back.
+4. A bookie that is drained is empty, and can be removed and started anew; nothing is lost.
+5. No task and no claim is left; every copy that a closed ledger's record names is there, the same bytes, and the admin
    service's comparison says so.
 
 Every single change is judged by `copies.py`.
@@ -34,7 +35,14 @@ from simulation.world import World
 from magnetar.bookie.bookie import Bookie
 from magnetar.broker.peers import ADMIN_SERVICE
 from magnetar.ledger.bookie_directory import BookieDirectory
-from magnetar.metadata.records import CopyReason, CopyTask, Fragment, LedgerRecord, OperationState
+from magnetar.metadata.records import (
+    CopyReason,
+    CopyTask,
+    Fragment,
+    Goal,
+    LedgerRecord,
+    OperationState,
+)
 from magnetar.repair.copying import runs_of
 from magnetar.repair.workers import RepairWorkers
 from magnetar.v1 import metadata_pb2, rebalance_pb2, repair_pb2
@@ -127,6 +135,7 @@ class Rebalancing:
     async def _run(self) -> None:
         begin = (
             (6, self._plan_and_apply),
+            (4, self._move_shards),
             (2, self._apply_saved),
             (4, self._roll_back),
             (1, self._apply_without_a_rate),
@@ -164,6 +173,20 @@ class Rebalancing:
         if plan is not None and plan.moves:
             await self._apply(plan, self._rng.choice(RATES))
 
+    async def _move_shards(self) -> str:
+        """To other brokers, of which no plan would have any need: so little is published here."""
+        request = rebalance_pb2.PlanRebalanceRequest(goal=metadata_pb2.GOAL_BROKERS)
+        plan = await self._ask("PlanRebalance", request, rebalance_pb2.PlanRebalanceResponse)
+        if plan is None:
+            return ""
+        owners = self._copies.owners
+        shards = self._rng.sample(sorted(owners), self._rng.randint(1, len(owners))) if owners else []
+        del plan.moves[:]
+        for shard in shards:
+            target = self._rng.choice([broker for broker in self._world.brokers() if broker != owners[shard]])
+            plan.moves.add(shard_id=shard, source=owners[shard], target=target)
+        return await self._apply(plan, 0) if plan.moves else ""
+
     async def _apply_saved(self) -> None:
         """It may hold yet, or be refused: what it does is judged by what it changes."""
         if self._saved is not None and self._saved.moves:
@@ -199,22 +222,35 @@ class Rebalancing:
 
     async def _change(self, state: int, rate: int = 0) -> None:
         name = self._some_operation()
-        if name:
+        if name and rate and self._moves_shards(name):
+            await self._must_be_refused("ChangeRebalance", self._order_request(name, state, rate))
+        elif name:
             await self._order(name, state, rate)
 
+    def _moves_shards(self, name: str) -> bool:
+        return self._copies.operations[name].goal is Goal.BROKERS
+
     async def _order(self, name: str, state: int, rate: int = 0) -> bool:
-        request = rebalance_pb2.ChangeRebalanceRequest(operation_id=name, state=state, bytes_per_s=rate)  # type: ignore[arg-type]
+        request = self._order_request(name, state, rate)
         return await self._ask("ChangeRebalance", request, rebalance_pb2.ChangeRebalanceResponse) is not None
+
+    def _order_request(self, name: str, state: int, rate: int) -> rebalance_pb2.ChangeRebalanceRequest:
+        return rebalance_pb2.ChangeRebalanceRequest(operation_id=name, state=state, bytes_per_s=rate)  # type: ignore[arg-type]
 
     async def _roll_back(self) -> None:
         name = self._some_operation(ended=self._rng.random() < 0.8)
         if name:
-            request = rebalance_pb2.RollBackRebalanceRequest(
-                operation_id=name, bytes_per_s=self._rng.choice(RATES), mark=self._rng.randbytes(16)
-            )
-            answer = await self._ask("RollBackRebalance", request, rebalance_pb2.RollBackRebalanceResponse)
+            answer = await self._take_back(name, self._rng.choice(RATES))
             if answer is not None and not self._copies.operations[name].ended_us:
                 self._fail(f"operation: one that had not ended is rolled back: {self._copies.operations[name]}")
+
+    async def _take_back(self, name: str, rate: int) -> rebalance_pb2.RollBackRebalanceResponse | None:
+        request = rebalance_pb2.RollBackRebalanceRequest(
+            operation_id=name,
+            bytes_per_s=0 if self._moves_shards(name) else rate,
+            mark=self._rng.randbytes(16),
+        )
+        return await self._ask("RollBackRebalance", request, rebalance_pb2.RollBackRebalanceResponse)
 
     def _some_operation(self, ended: bool = False) -> str:
         """Mostly one about which something can be said."""
@@ -275,13 +311,17 @@ class Rebalancing:
         await self._all_end()
         await self._until("copies are not made", self._no_tasks)
         await self._move_and_roll_back()
+        await self._move_shards_and_roll_back()
         # A bookie that lost its disk is no spare for an open ledger that is older: empty, such a ledger cannot end.
         if not self._world.lost_disks and self._rng.random() < REMOVED:
             await self._replace_a_bookie()
         await self._until("a bookie does not run", self._all_run)
         await self._until("copies are not made", self._no_tasks)
         await self._compare_copies()
-        self._world.transcript.note("rebalanced", len(self._copies.operations), "operations", self.orders, "orders")
+        operations = self._copies.operations
+        handed_over = sum(one.moves_done for one in operations.values() if one.goal is Goal.BROKERS)
+        facts = len(operations), "operations", self.orders, "orders", handed_over, "shards handed over"
+        self._world.transcript.note("rebalanced", *facts)
 
     async def _until(self, words: str, done: Callable[[], Any]) -> None:
         """Asks `done` until it says so; it fails if that takes too long."""
@@ -325,7 +365,8 @@ class Rebalancing:
         await self._until("an operation does not end", self._ended)
 
     async def _hurried(self, name: str, order: int) -> bool:
-        return bool(self._copies.operations[name].ended_us) or await self._order(name, order, FAST)
+        rate = 0 if self._moves_shards(name) else FAST
+        return bool(self._copies.operations[name].ended_us) or await self._order(name, order, rate)
 
     async def _ended(self, but_paused: bool = False) -> bool:
         return all(
@@ -346,10 +387,7 @@ class Rebalancing:
         if not moved:
             return
         await self._ended_though_killed()
-        request = rebalance_pb2.RollBackRebalanceRequest(
-            operation_id=moved, bytes_per_s=FAST, mark=self._rng.randbytes(16)
-        )
-        answer = await self._ask("RollBackRebalance", request, rebalance_pb2.RollBackRebalanceResponse)
+        answer = await self._take_back(moved, FAST)
         if answer is None:
             return
         await self._ended_though_killed()
@@ -364,6 +402,24 @@ class Rebalancing:
                         f"rollback: a ledger is not where it was: ledger={ledger_id} before={before[ledger_id]} "
                         f"{self._copies.history[ledger_id]}"
                     )
+
+    async def _move_shards_and_roll_back(self) -> None:
+        moved = await self._move_shards()
+        if not moved:
+            return
+        await self._until("shards are not moved", self._ended)
+        self._check_arrived(moved)
+        answer = await self._take_back(moved, 0)
+        if answer is not None:
+            await self._until("shards are not moved back", self._ended)
+            self._check_arrived(answer.operation.operation.operation_id)
+
+    def _check_arrived(self, name: str) -> None:
+        """Those that rest meanwhile, and so have no owner, are left out."""
+        owners = self._copies.owners
+        for move in self._copies.moves_of(name):
+            if owners.get(move.shard_id, move.target) != move.target:
+                self._fail(f"operation: a shard is not where it was to go: {name} {move} {owners}")
 
     def _fragments(self) -> dict[int, tuple[Fragment, ...]]:
         return {ledger_id: record.fragments for ledger_id, record in self._copies.ledgers.items()}
