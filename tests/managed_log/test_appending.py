@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 from log_world import SHARD_ID, Cluster, OpenLog, until
 
 from magnetar.managed_log import chain as chains
 from magnetar.managed_log.log import LogReleased, LogSettings
-from magnetar.metadata.records import LedgerState, SubscriptionType
-from magnetar.metadata.store import Operation, Put
+from magnetar.metadata.codec import decode_bookie, encode_bookie
+from magnetar.metadata.ids import BLOCK_SIZE
+from magnetar.metadata.records import VACANT, LedgerState, SubscriptionType
+from magnetar.metadata.store import Operation, Put, exists
 
 SMALL = LogSettings(segment_bytes=2_000, retry_first_s=0.001, retry_last_s=0.01)
 
@@ -110,6 +113,23 @@ async def test_appends_wait_for_bookies_and_go_on(cluster: Cluster) -> None:
     await cluster.start_bookie("bookie0")
     await owner.stored(batch)
     assert await owner.read_all() == [b"a"]
+
+
+async def test_appends_go_on_when_bookies_come_back_that_take_no_older_ledgers(cluster: Cluster) -> None:
+    owner = await cluster.open(settings=SMALL)
+    await owner.stored(owner.send(b"a"))
+    key = cluster.keyspace.bookie("bookie0")
+    found = await cluster.store.inner.get(key)
+    assert found is not None
+    reborn = replace(decode_bookie(found.value), ledger_floor=BLOCK_SIZE + 1)
+    await cluster.store.inner.txn([exists(key)], [Put(key, encode_bookie(reborn), found.lease_id)])
+    await until(lambda: any(bookie.ledger_floor for bookie in cluster.directory.registered()))
+    before = owner.log.record.segments[-1].ledger_id
+    await fill(owner, 0, 20)
+    segments = owner.log.record.segments
+    following = next(segment.ledger_id for segment in segments if segment.ledger_id > before)
+    assert following > BLOCK_SIZE
+    assert VACANT not in (await cluster.ledgers())[following].fragments[0].bookies
 
 
 async def test_a_bookie_that_stops_in_the_middle_is_replaced_and_nothing_is_lost(cluster: Cluster) -> None:

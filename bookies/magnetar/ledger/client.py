@@ -99,6 +99,10 @@ class LedgerClient:
         self._recovery_limits = RecoveryLimits(give_up_s=self.settings.recovery_give_up_s)
         self._read_limits = ReadLimits(hedge_s=self.settings.hedge_s)
 
+    def lowest_id(self) -> int:
+        """Of a new ledger that every bookie here may store: one that came back empty takes no lower ids."""
+        return max((bookie.ledger_floor for bookie in self._bookies.registered()), default=0)
+
     def plan(
         self, ledger_id: int, shard_id: int, purpose: LedgerPurpose, epoch: int, rack: str | None = None
     ) -> LedgerRecord:

@@ -100,13 +100,16 @@ class Findings:
             ],
             "bookies",
         )
-        if self.vacant:
-            problems.append(f"{self.vacant} ledgers have fewer copies than they should: start more bookies")
         read_only = sorted(b.bookie_id for b in self.bookies.values() if b.state is BookieState.READ_ONLY)
         problems.extend(
             _limited([f"bookie {b} is read-only: free space on its disk, or add bookies" for b in read_only], "bookies")
         )
         writable = sum(1 for b in self.bookies.values() if b.state is BookieState.WRITABLE)
+        if self.vacant:
+            enough = (
+                "they get them when they are closed and repaired" if writable >= ensemble_size else "start more bookies"
+            )
+            problems.append(f"{self.vacant} ledgers have fewer copies than they should: {enough}")
         if writable < ensemble_size:
             problems.append(
                 f"{writable} bookies are writable and new ledgers want {ensemble_size}: start "

@@ -281,7 +281,7 @@ class ServedShards:
     async def plan_ledger(self, shard_id: int, epoch: int) -> LedgerRecord | None:
         """A new ledger for the messages of a shard; None if there are not enough bookies for one. Commits nothing."""
         parts = self._parts
-        ledger_id = await parts.ids.next_id(COUNTER_LEDGER)
+        ledger_id = await parts.ids.next_id(COUNTER_LEDGER, at_least=parts.ledgers.lowest_id())
         try:
             return parts.ledgers.plan(ledger_id, shard_id, LedgerPurpose.DATA, epoch)
         except NotEnoughBookies:

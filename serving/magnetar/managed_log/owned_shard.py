@@ -221,10 +221,10 @@ class OwnedShard:
 
         Returns None when it is `wanted` no more, or `link` says so.
         """
-        ledger_id = await self._ids.next_id(COUNTER_LEDGER)
         retry = Retry(self.settings)
         while wanted():
             self.check_served()
+            ledger_id = await self._ids.next_id(COUNTER_LEDGER, at_least=self.client.lowest_id())
             try:
                 planned = self.client.plan(ledger_id, self.shard_id, purpose, self.record.epoch)
             except NotEnoughBookies as error:
