@@ -21,6 +21,8 @@ SYNC_S = 0.000_5
 SYNC_JITTER_S = 0.003
 STALL_CHANCE = 0.01
 STALL_S = 0.3
+LOOK_S = 0.5
+"""How soon a sync that a slow disk is at ends when the disk is mended."""
 SIZE_BYTES = 1 << 30
 
 
@@ -35,6 +37,7 @@ class SimulatedDisk:
         """The share of reads that fail."""
         self.lost = False
         """The next process finds that durable groups are missing."""
+        self._mended = False
         self._loop = loop
         self._rng = random.Random(seed)
         self._store: MemoryEntryStore | None = None
@@ -54,7 +57,8 @@ class SimulatedDisk:
         return self._store
 
     def mend(self) -> None:
-        """Nothing is wrong with it any more."""
+        """Nothing is wrong with it any more, nor with what it is at."""
+        self._mended = True
         self.full = self.fails_sync = False
         self.slow, self.unreadable = 1.0, 0.0
 
@@ -70,7 +74,11 @@ class SimulatedDisk:
         delay_s = SYNC_S + roll * SYNC_JITTER_S
         if roll < STALL_CHANCE:
             delay_s += self._rng.random() * STALL_S
-        await asyncio.sleep(delay_s * self.slow)
+        await asyncio.sleep(delay_s)
+        left_s = delay_s * (self.slow - 1.0)
+        while left_s > 0.0 and not self._mended:
+            await asyncio.sleep(min(left_s, LOOK_S))
+            left_s -= LOOK_S
         if self.fails_sync:
             self.fails_sync = False
             raise OSError(errno.EIO, "input/output error")
