@@ -11,8 +11,8 @@ import pytest
 from broker_world import KEYSPACE, TOPIC, Calls, Cluster, ProduceClient, batch, eventually, refusal
 
 from magnetar.broker.broker import Broker
-from magnetar.metadata.codec import decode_bookie, encode_bookie, encode_copy
-from magnetar.metadata.records import Anchor, CopyReason, CopyTask, SubscriptionType
+from magnetar.metadata.codec import decode_bookie, encode_bookie, encode_copy, encode_repair
+from magnetar.metadata.records import Anchor, CopyReason, CopyTask, RepairSettings, SubscriptionType
 from magnetar.metadata.store import Delete, Put
 from magnetar.node.rpc import Refused
 from magnetar.v1 import admin_pb2 as pb
@@ -396,6 +396,9 @@ async def test_health_names_a_lost_bookie_and_what_to_do(
     assert (found.healthy, found.bookies, found.under_replicated_ledgers) == (False, 2, 1)
     assert any("bookie2" in problem and "start it again" in problem for problem in found.problems)
     assert any("new ledgers want 3" in problem for problem in found.problems)
+    assert not any("switched off" in problem for problem in found.problems)
+    await cluster.store.txn([], [Put(KEYSPACE.repair(), encode_repair(RepairSettings(enabled=False)))])
+    assert any("repair is switched off" in problem for problem in (await health(calls)).problems)
     assert found.unavailable_shards == 0
     await cluster.bookies["bookie1"].stop()
     await eventually(lambda: len(directory.registered()) == 1)

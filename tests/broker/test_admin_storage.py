@@ -103,6 +103,8 @@ async def test_a_drain_is_refused_when_too_few_would_take_new_ledgers(world: Wor
     await world.drain("a")
     with pytest.raises(Refused, match="left=`2`"):
         await world.drain("b")
+    await world.store.txn([], [Delete(KEYS.bookie("e"))])
+    assert not (await world.drain("a")).changed, "who asks again is told how far it is"
 
 
 async def test_of_two_drains_at_the_same_time_that_are_one_too_many_the_second_is_refused(world: World) -> None:

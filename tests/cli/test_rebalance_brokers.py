@@ -85,7 +85,7 @@ def test_shards_are_planned_applied_watched_and_taken_back(cluster: Any, tmp_pat
 
 def test_what_is_about_bytes_is_refused_with_the_reason(cluster: Any, tmp_path: Path) -> None:
     brokers = ("--goal", "brokers")
-    assert cluster.call("rebalance", "plan", *brokers, "--max-bytes", "1GB").is_refused(1, "copies no bytes", "--topic")
+    assert cluster.call("rebalance", "plan", *brokers, "--max-bytes", "1GB").is_refused(2, "copies no bytes", "--topic")
     assert cluster.call("rebalance", "plan", *brokers, "--throttle", "1MB/s").is_refused(2, "leave --throttle out")
     assert cluster.call("rebalance", "apply", *brokers, "--throttle", "1MB/s").is_refused(2, "leave --throttle out")
     name = asked(cluster, "rebalance", "apply", *brokers)["operation"]

@@ -75,6 +75,7 @@ def test_a_plan_is_saved_applied_watched_verified_and_taken_back(cluster: Any, t
     assert "skew before  100.0 %" in table.out
     assert "bookie3" in table.out
 
+    assert asked(cluster, "rebalance", "apply", saved, "--dry-run")["throttle"] == 1_000_000
     tried = asked(cluster, "rebalance", "apply", saved, "--dry-run", "--throttle", RATE)
     assert (tried["dry_run"], tried["moves"], tried["throttle"]) == (True, 6, 200_000_000)
     assert asked(cluster, "rebalance", "status", "--all") == []
@@ -136,9 +137,12 @@ def test_bad_input_is_refused_with_what_to_do(cluster: Any, tmp_path: Path) -> N
     assert cluster.call("rebalance", "apply", tmp_path / "none.json").is_refused(1, "no such file")
     future = {"revision": 1 << 40, "goal": "bytes", "moves": [{"ledger": 1, "from": "a", "to": "b", "bytes": 1}],
               "skew_before": 1, "skew_after": 0}  # fmt: skip
-    for number in (-1, 1 << 64):
+    for number in (-1, 1 << 64, 5.9, True):
         (tmp_path / "bad.json").write_text(json.dumps({**future, "revision": number}))
         assert cluster.call("rebalance", "apply", tmp_path / "bad.json").is_refused(2, f"revision=`{number}`")
+    (tmp_path / "bad.json").write_text(json.dumps(future).replace('"a"', '"\\ud800"'))
+    assert cluster.call("rebalance", "apply", tmp_path / "bad.json").is_refused(2, "surrogates not allowed")
+    assert cluster.call("rebalance", "throttle", "9" * 400).is_refused(2, "is no rate")
     (tmp_path / "other.json").write_text(json.dumps(future))
     assert cluster.call("rebalance", "apply", tmp_path / "other.json").is_refused(1, "it is of another")
     assert cluster.call("rebalance", "status", "rebalance-99").is_refused(1, "there is no such operation")

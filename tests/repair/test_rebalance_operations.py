@@ -27,7 +27,7 @@ from magnetar.metadata.records import (
 )
 from magnetar.repair.operations import LOOK_MAX, Observed, RunningOperation, Step
 from magnetar.repair.planner import Snapshot
-from magnetar.repair.progress import PROBLEMS_MAX, paged, reverse
+from magnetar.repair.progress import NEGLECTED_US, PROBLEMS_MAX, neglected, paged, reverse
 
 MIB = 1 << 20
 REVISION = 5
@@ -346,3 +346,13 @@ def test_whatever_happens_it_ends_and_says_of_each_move_what_came_of_it(
             assert (move.target in record.bookies()) == (move.state is MoveState.DONE)
         if world.operation.state is OperationState.DONE:
             assert move.state is not MoveState.PENDING
+
+
+def test_an_operation_that_nobody_goes_on_with_says_so() -> None:
+    operation = World.of(1).operation
+    late_us = operation.created_us + NEGLECTED_US
+    assert neglected(operation, late_us - 1) == ""
+    assert "no bookie has gone on with it for 30 s" in neglected(operation, late_us)
+    assert neglected(replace(operation, updated_us=late_us), late_us) == ""
+    for waiting in (replace(operation, state=OperationState.PAUSED), replace(operation, ended_us=1)):
+        assert neglected(waiting, late_us) == ""

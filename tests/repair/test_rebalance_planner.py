@@ -230,6 +230,11 @@ def test_a_stale_plan_is_told_what_has_changed() -> None:
     without_d = replace(start, bookies={name: b for name, b in start.bookies.items() if name != "d"})
     assert objections(without_d, moves[:1], REVISION) == ["ledger 4: d has no session"]
     assert "another" in objections(start, moves, REVISION + 1)[0]
+    for away in (
+        replace(start, draining={"a"}),
+        replace(start, bookies={name: b for name, b in start.bookies.items() if name != "a"}),
+    ):
+        assert objections(away, moves[:1], REVISION) == ["ledger 4: a, where it stands, is draining or has no session"]
 
 
 def test_a_plan_by_hand_is_held_to_the_same_rules() -> None:

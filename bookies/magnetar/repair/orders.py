@@ -18,7 +18,7 @@ from magnetar.metadata.store import MetadataStore
 from magnetar.repair.listings import Listings
 from magnetar.repair.operation_txns import StoredOperation, change_operation, create_operation, next_id
 from magnetar.repair.planner import MOVES_MAX, Plan, Snapshot, objection, objections, plan
-from magnetar.repair.progress import reverse
+from magnetar.repair.progress import neglected, reverse
 
 ATTEMPTS = 20
 """Of one order, against others that change the same records."""
@@ -145,12 +145,17 @@ class Orders:
 
     async def operations(self) -> list[Operation]:
         """All that are known, the oldest first."""
-        return [stored.operation for stored in await self._listings.operations()]
+        return [self._judged(stored.operation) for stored in await self._listings.operations()]
 
     async def operation(self, operation_id: str) -> Ordered:
         """One operation with its moves. Raises UnknownOperation."""
         stored = await self._existing(operation_id)
-        return Ordered(stored.operation, tuple(await self._listings.moves(operation_id)))
+        return Ordered(self._judged(stored.operation), tuple(await self._listings.moves(operation_id)))
+
+    def _judged(self, operation: Operation) -> Operation:
+        """With a problem if nobody goes on with it."""
+        problem = neglected(operation, self._now_us())
+        return replace(operation, problems=(*operation.problems, problem)) if problem else operation
 
     async def newest(self) -> Ordered:
         """The operation that was begun last. Raises OrderRefused if there is none."""

@@ -340,6 +340,9 @@ def _objection_to(snapshot: Snapshot, record: LedgerRecord | None, move: Move, r
         return f"a copy of it is being made at {record.copy.target}"
     if snapshot.changed[move.ledger_id] > revision:
         return "it was changed: it was closed, moved or repaired after the plan was made"
+    away = sorted(bookie for bookie in record.bookies() if not snapshot.is_counted(bookie))
+    if away:
+        return f"{', '.join(away)}, where it stands, is draining or has no session"
     return objection(snapshot, record, move.source, move.target)
 
 

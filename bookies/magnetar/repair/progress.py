@@ -12,6 +12,8 @@ MOVES_PER_PAGE = 1000
 RATE_WINDOW_US = 20_000_000
 HEARTBEAT_US = 2_000_000
 """The record is stored so often at least, so that it shows that somebody runs it."""
+NEGLECTED_US = 30_000_000
+"""Longer than a new process takes to be elected and to go on."""
 PROBLEMS_MAX = 8
 """Named one by one; the rest is counted."""
 
@@ -89,6 +91,15 @@ class OperationProgress:
 
     def _done(self) -> int:
         return self.operation.moves_done if self.operation.goal is Goal.BROKERS else self.operation.bytes_done
+
+
+def neglected(operation: Operation, now_us: int) -> str:
+    """In words, if nobody goes on with an operation that should; else empty."""
+    idle_us = now_us - max(operation.created_us, operation.updated_us)
+    if operation.ended_us or operation.state is OperationState.PAUSED or idle_us < NEGLECTED_US:
+        return ""
+    kind = "broker" if operation.goal is Goal.BROKERS else "bookie"
+    return f"no {kind} has gone on with it for {idle_us // 1_000_000} s: one is elected for that, see their logs"
 
 
 def paged(moves: Sequence[Move]) -> list[Sequence[Move]]:

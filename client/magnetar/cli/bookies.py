@@ -25,7 +25,7 @@ from magnetar.cli.command import (
 from magnetar.cli.output import Size, emit_json, human_seconds, note, plain
 
 if TYPE_CHECKING:
-    from magnetar.client import BookieDescription, BookieOrder, Client
+    from magnetar.client import BookieDescription, BookieOrder, Client, RepairStatus
 
 POLL_S = 1.0
 
@@ -84,7 +84,7 @@ def drain(
 
     order = run_with_client(server, timeout, body)
     if output is Output.json:
-        emit_json(plain(order))
+        emit_json({**plain(order), "dry_run": dry_run})
     elif dry_run:
         note(f"{order.ledgers:,} ledgers would move off {bookie}")
     elif order.ledgers:
@@ -105,7 +105,7 @@ async def _wait_until_empty(client: Client, bookie: str) -> None:
             left = 0 if found is None else found.ledgers
             if found is not None and left and not found.draining:
                 raise CommandFailed(f"{bookie} is not drained any more, and {left:,} ledgers name it")
-            problems = (await client.admin.cluster.repair()).problems
+            problem = _problem(bookie, await client.admin.cluster.repair())
         except RetriableError as error:
             note(f"waiting for the cluster: {error}")
         else:
@@ -114,8 +114,15 @@ async def _wait_until_empty(client: Client, bookie: str) -> None:
                     note("")
                 return
             most = max(most, left)
-            told = _tell(told, _progress(most, left, time.monotonic() - start), problems)
+            told = _tell(told, _progress(most, left, time.monotonic() - start), problem)
         await asyncio.sleep(POLL_S)
+
+
+def _problem(bookie: str, repair: RepairStatus) -> str:
+    """Why what stands on it does not move, as far as that is known."""
+    if not repair.enabled:
+        return "repair is switched off, and no copy is begun: `magnetar cluster repair --on`"
+    return next((text for text in repair.problems if f" {bookie}:" in text), "")
 
 
 def _progress(most: int, left: int, elapsed_s: float) -> str:
@@ -124,14 +131,15 @@ def _progress(most: int, left: int, elapsed_s: float) -> str:
     return f"{100 * moved // most} %, {left:,} of {most:,} ledgers left{ending}"
 
 
-def _tell(told: str, progress: str, problems: tuple[str, ...]) -> str:
-    """A line that is overwritten on a terminal; elsewhere a line for each change."""
-    line = f"{progress}; stalled: {problems[0]}" if problems else progress
+def _tell(told: str, progress: str, problem: str) -> str:
+    """A line that is overwritten on a terminal; elsewhere a line for each change. Returns what must change for one."""
+    line = f"{progress}; stalled: {problem}" if problem else progress
+    change = f"{progress.partition(',')[0]} {problem}"
     if sys.stderr.isatty():
         print(f"\r{line:<100}", end="", file=sys.stderr, flush=True)
-    elif line.partition(",")[0] != told.partition(",")[0]:
+    elif change != told:
         note(line)
-    return line
+    return change
 
 
 @app.command()
@@ -149,7 +157,7 @@ def undrain(
 
     order = run_with_client(server, timeout, body)
     if output is Output.json:
-        emit_json(plain(order))
+        emit_json({**plain(order), "dry_run": dry_run})
     elif not order.changed:
         note(f"{bookie} was not draining")
     else:

@@ -29,7 +29,7 @@ def parse_size(text: str) -> int:
 
 
 def _parse(text: str, problem: str) -> int:
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text, flags=re.IGNORECASE | re.ASCII)
+    match = re.fullmatch(r"\s*(\d{1,20}(?:\.\d{1,20})?)\s*([a-z]*)\s*", text, flags=re.IGNORECASE | re.ASCII)
     if match is None or match[2].lower() not in _UNITS:
         raise typer.BadParameter(problem)
     size_bytes = round(float(match[1]) * _UNITS[match[2].lower()])

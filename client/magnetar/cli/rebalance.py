@@ -61,7 +61,10 @@ TopicOption = Annotated[str | None, typer.Option("--topic", help="Move only segm
 ThrottleOption = Annotated[
     int | None,
     typer.Option(
-        "--throttle", parser=parse_rate, metavar="RATE", help="Rate of all its copies together, 50MB/s by default."
+        "--throttle",
+        parser=parse_rate,
+        metavar="RATE",
+        help="Rate of all its copies together; by default that of the saved plan, or 50MB/s.",
     ),
 ]
 OperationArgument = Annotated[str, typer.Argument(help="Id of the operation.")]
@@ -86,7 +89,7 @@ def plan(
     """Says what is to be moved to make them even; exit code 3 if there is something. Its JSON goes to `apply`."""
     from magnetar.client.rebalancing import THROTTLE_DEFAULT
 
-    _check_throttle(goal, throttle)
+    _check_bytes(goal, throttle, max_bytes)
     rate = throttle or THROTTLE_DEFAULT
 
     async def body(client: Client) -> RebalancePlan:
@@ -120,7 +123,7 @@ def apply(
         raise CommandFailed(
             "a saved plan has its goal, size and topic: leave --goal, --max-bytes and --topic out", EXIT_USAGE
         )
-    _check_throttle(goal, throttle)
+    _check_bytes(goal, throttle, max_bytes)
     saved = None if file is None else _read_plan(file)
 
     async def body(client: Client) -> RebalanceOperation | None:
@@ -139,9 +142,10 @@ def apply(
         note("there is nothing to move")
 
 
-def _check_throttle(goal: Goal, throttle: int | None) -> None:
-    if goal is Goal.brokers and throttle is not None:
-        raise CommandFailed("shards move by hand-off, which copies no bytes: leave --throttle out", EXIT_USAGE)
+def _check_bytes(goal: Goal, throttle: int | None, max_bytes: int | None) -> None:
+    if goal is Goal.brokers and not (throttle is None and max_bytes is None):
+        remedy = "--throttle out" if max_bytes is None else "--max-bytes out, name a --topic"
+        raise CommandFailed(f"shards move by hand-off, which copies no bytes: leave {remedy}", EXIT_USAGE)
 
 
 def _read_plan(file: Path) -> RebalancePlan:

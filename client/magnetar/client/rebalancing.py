@@ -75,6 +75,7 @@ class RebalancePlan:
     skew_before, skew_after   the largest distance of a bookie or broker from its even share, as a part of it: 0 = even
     bookies, brokers          one of them, as the goal says
     notes                     what the plan leaves alone, and why
+    throttle                  bytes per second for which it was saved, used where no other is given
     """
 
     revision: int
@@ -86,6 +87,7 @@ class RebalancePlan:
     bookies: tuple[BookieShare, ...] = ()
     brokers: tuple[BrokerBalance, ...] = ()
     notes: tuple[str, ...] = ()
+    throttle: int | None = None
 
     @property
     def of_brokers(self) -> bool:
@@ -114,6 +116,7 @@ class RebalancePlan:
             "seconds_at_throttle": self.seconds_at(throttle),
             **shares,
             "notes": list(self.notes),
+            "throttle": None if self.of_brokers else throttle,
         }
 
     @classmethod
@@ -124,10 +127,11 @@ class RebalancePlan:
             goal, revision = str(saved["goal"]), _saved_number(saved, "revision")
             moves = tuple(_saved_move(move, of_brokers=goal == "brokers") for move in saved["moves"])
             skews = float(saved["skew_before"]), float(saved["skew_after"])
+            throttle = None if saved.get("throttle") is None else _saved_number(saved, "throttle")
         except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
             remedy = "make one with `magnetar rebalance plan --output json`"
             raise InvalidArgument(f"this is no saved plan: {remedy} ({_what_is_wrong(error)})") from None
-        return cls(revision, goal, moves, sum(move.bytes for move in moves), *skews)
+        return cls(revision, goal, moves, sum(move.bytes for move in moves), *skews, throttle=throttle)
 
 
 def _what_is_wrong(error: Exception) -> str:
@@ -278,7 +282,7 @@ class Rebalance(LedgerVerifier):
     ) -> RebalanceOperation:
         """Begins to carry a plan out. It is refused when it holds no more, with what has changed since it was made.
 
-        throttle   bytes per second, THROTTLE_DEFAULT by default; shards move without one
+        throttle   bytes per second, by default the plan's own, or THROTTLE_DEFAULT; shards move without one
         Returns the operation as it begins; it has an id, and goes on by itself.
         """
         request = rebalance_pb2.ApplyRebalanceRequest(
@@ -290,7 +294,7 @@ class Rebalance(LedgerVerifier):
                 )
                 for m in plan.moves
             ],
-            bytes_per_s=_throttle(throttle if throttle is not None or plan.of_brokers else THROTTLE_DEFAULT),
+            bytes_per_s=_throttle(_throttle_of(plan) if throttle is None else throttle),
             mark=secrets.token_bytes(MARK_BYTES),
             dry_run=dry_run,
         )
@@ -444,15 +448,22 @@ def _move(move: rebalance_pb2.RebalanceMove) -> RebalanceMove:
     )
 
 
+def _throttle_of(plan: RebalancePlan) -> int | None:
+    return None if plan.of_brokers else plan.throttle or THROTTLE_DEFAULT
+
+
 def _saved_move(move: Any, *, of_brokers: bool) -> RebalanceMove:
     source, target = str(move["from"]), str(move["to"])
+    _ = (source + target).encode()  # half a surrogate cannot be sent
     if of_brokers:
         return RebalanceMove(0, source, target, 0, shard=_saved_number(move, "shard"), load=float(move["load"]))
     return RebalanceMove(_saved_number(move, "ledger"), source, target, _saved_number(move, "bytes"))
 
 
 def _saved_number(saved: Any, name: str) -> int:
-    number = int(saved[name])
+    number = saved[name]
+    if type(number) is not int:
+        raise ValueError(f"not a whole number: {name}=`{number}`")
     if not 0 <= number < 1 << 64:
         raise ValueError(f"out of range: {name}=`{number}`")
     return number
@@ -480,7 +491,8 @@ def _operation(operation: metadata_pb2.Operation) -> RebalanceOperation:
     else:
         percent = 100.0 * operation.moves_done / moves_wanted if moves_wanted else 100.0
     running = operation.state == metadata_pb2.OPERATION_STATE_RUNNING
-    speed = operation.rate or (0 if operation.problems else operation.bytes_per_s)
+    begins = not operation.updated_us and not operation.problems
+    speed = operation.rate or (operation.bytes_per_s if begins else 0)
     of_brokers = operation.goal == metadata_pb2.GOAL_BROKERS
     to_do = max(0, moves_wanted - operation.moves_done) if of_brokers else remaining
     return RebalanceOperation(

@@ -419,7 +419,7 @@ class Admin:
         async for item in self._records.under(self._keyspace.brokers_prefix()):
             sessions.add(Owner(decode_broker(item.value).broker_id, item.create_revision))
         bookies = {bookie.bookie_id: bookie for bookie in self._bookies.registered()}
-        findings = Findings(bookies, sessions)
+        findings = Findings(bookies, sessions, (await self._records.repair()).enabled)
         async for record in self._records.shards():
             if isinstance(record, ShardRecord):
                 findings.shard(record)

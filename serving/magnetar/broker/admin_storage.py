@@ -50,19 +50,19 @@ class StorageAdmin:
         }
 
     async def drain(self, data: bytes, _context: Context) -> bytes:
-        """Refused unless enough others take new ledgers. The transaction compares that these still do, so that of two
-        drains that are asked for at the same time one is refused."""
+        """Refused unless enough others take new ledgers, or it drains already. The transaction compares that these
+        still do, so that of two drains that are asked for at the same time one is refused."""
         request = parse(pb.DrainBookieRequest, data)
         bookie, key = request.bookie_id, self._drain_key(request.bookie_id)
         await self._check_known(bookie)
+        changed = await self._store.get(key) is None
         staying = await self._writable_without(bookie)
-        if len(staying) < self._write_quorum:
+        if changed and len(staying) < self._write_quorum:
             raise refused(
                 f"too few bookies would be left that take new ledgers: start another one first bookie=`{bookie}` "
                 f"left=`{len(staying)}` needed=`{self._write_quorum}`"
             )
         ledgers = await self._count_ledgers(bookie)
-        changed = await self._store.get(key) is None
         if changed and not request.dry_run:
             compares = [absent(key), exists(self._keyspace.cookie(bookie))]
             for other in staying[: self._write_quorum]:

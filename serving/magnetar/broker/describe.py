@@ -8,9 +8,9 @@ from itertools import islice
 
 from magnetar.broker.shard import ServedShard
 from magnetar.metadata import listing
-from magnetar.metadata.codec import decode_ledger, decode_shard, encode_ledger
+from magnetar.metadata.codec import decode_ledger, decode_repair, decode_shard, encode_ledger
 from magnetar.metadata.keyspace import KeyKind, Keyspace
-from magnetar.metadata.records import LedgerRecord, LedgerState, Segment, ShardRecord
+from magnetar.metadata.records import LedgerRecord, LedgerState, RepairSettings, Segment, ShardRecord
 from magnetar.metadata.shards import PageNotFound, ShardMetadata, ShardNotFound
 from magnetar.metadata.store import KeyValue, MetadataStore
 from magnetar.v1 import admin_pb2, metadata_pb2
@@ -26,6 +26,10 @@ class Records:
     def under(self, prefix: str, after: str = "") -> AsyncIterator[KeyValue]:
         """All keys under the prefix."""
         return listing.items(self._store, prefix, after=after)
+
+    async def repair(self) -> RepairSettings:
+        found = await self._store.get(self._keyspace.repair())
+        return RepairSettings() if found is None else decode_repair(found.value)
 
     async def closed_ledgers(self, after: int = 0) -> AsyncIterator[LedgerRecord]:
         start = self._keyspace.ledger(after) if after else ""

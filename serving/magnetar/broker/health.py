@@ -25,12 +25,17 @@ NAMED_PROBLEMS_MAX = 20
 """Of one kind named one by one; the rest is counted."""
 
 
+REPAIR_IS_OFF = "repair is switched off, and no copy is made anew: `magnetar cluster repair --on`"
+
+
 @dataclass(slots=True)
 class Findings:
     """Takes all records of a cluster, one by one. `bookies` and `sessions` are those that live."""
 
     bookies: Mapping[str, BookieRegistration]
     sessions: Collection[Owner]
+    repairs: bool = True
+    """Repair is switched on."""
     under_replicated: set[int] = field(default_factory=set)
     vacant: int = 0
     lost_bookies: Counter[str] = field(default_factory=Counter)
@@ -73,6 +78,7 @@ class Findings:
         """What is wrong, in words, each with what to do about it; empty = nothing."""
         return [
             *self._bookie_problems(ensemble_size),
+            *([REPAIR_IS_OFF] if self.under_replicated and not self.repairs else []),
             *_limited([_unreadable(shard, ledgers) for shard, ledgers in sorted(self.unreadable.items())], "shards"),
             *_limited([_halted(shard, bookies) for shard, bookies in sorted(self.halted.items())], "shards"),
             *(
