@@ -15,8 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client import CollectorRegistry
 
+from magnetar.bookie.metrics import BookieMetrics
+from magnetar.broker.metrics import BrokerMetrics
 from magnetar.cli.roles.standalone import StandaloneRefused, bookie_count
+from magnetar.ledger.metrics import LedgerMetrics
+from magnetar.repair.metrics import RepairMetrics
 
 Start = Callable[..., tuple[Any, dict[str, Any]]]
 
@@ -85,11 +90,24 @@ def test_what_was_acknowledged_survives_a_sigkill(magnetar: Any, start: Start, t
     assert read(magnetar, where, "--no-wait") == "".join(f"row {number}\n" for number in range(1000, 3000))
 
 
+def families_of_all_roles_but_metadata() -> list[str]:
+    registry = CollectorRegistry()
+    BookieMetrics(registry, "bookie0")
+    BrokerMetrics(registry)
+    LedgerMetrics.of(registry)
+    RepairMetrics.of(registry)
+    return [family.name + "_total" * (family.type == "counter") for family in registry.collect()]
+
+
 def test_it_serves_http_and_keeps_a_second_one_out(magnetar: Any, start: Start, tmp_path: Path) -> None:
     server, where = start(tmp_path)
     for path, words in (("livez", b'"ok": true'), ("readyz", b'"ok": true'), ("metrics", b"magnetar_")):
         with urllib.request.urlopen(f"{where['http']}/{path}", timeout=10) as answer:
             assert words in answer.read()
+    families = families_of_all_roles_but_metadata()
+    with urllib.request.urlopen(f"{where['http']}/metrics", timeout=10) as answer:
+        shown = answer.read().decode()
+    assert [name for name in families if f"# TYPE {name} " not in shown] == []
     assert refused(magnetar, tmp_path, str(tmp_path), "another process", "another data directory")
     # The first one did not notice.
     send(magnetar, where, b"still here\n")

@@ -127,14 +127,24 @@ class Reads:
         mark = read.mark if remembered is None else remembered.mark
         values = [verified(value, group.ledger_id, group.first_entry + n) for n, value in enumerate(read.values)]
         result = judge_read(group.token, values, mark, conditions)
-        self._count(values, result)
+        self._count(group, values, result)
         return headers_of(result) if group.headers_only else result
 
-    def _count(self, values: Sequence[bytes | Damaged | None], result: ReadResult) -> None:
+    def _count(self, group: ReadGroup, values: Sequence[bytes | Damaged | None], result: ReadResult) -> None:
         metrics = self._metrics
         sizes = [len(answer.entry) for answer in result.answers if answer.entry is not None]
         metrics.read_entries.inc(len(sizes))
         metrics.read_bytes.inc(sum(sizes))
-        metrics.damaged.inc(sum(isinstance(value, Damaged) for value in values))
+        damaged = [(n, value) for n, value in enumerate(values, group.first_entry) if isinstance(value, Damaged)]
+        if damaged:
+            entry_id, first = damaged[0]
+            metrics.damaged.inc(len(damaged))
+            log.warning(
+                "entries are damaged",
+                ledger=group.ledger_id,
+                entry=entry_id,
+                entries=len(damaged),
+                problem=first.message,
+            )
         if any(answer.outcome is EntryOutcome.UNKNOWN for answer in result.answers):
             metrics.unknown_reads.inc()

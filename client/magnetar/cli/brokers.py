@@ -78,10 +78,9 @@ def drain(
         emit_json({**plain(drained), "dry_run": dry_run})
         return
     to = ", ".join(f"{shards} to {target}" for target, shards in drained.targets.items())
+    to = f": {to}" if to else ""
     done = "would be" if dry_run else "were" if wait else "are being"
-    note(
-        f"{broker} {'would be' if dry_run else 'is'} DRAINING: {drained.shards} shards {done} handed over {to}".rstrip()
-    )
+    note(f"{broker} {'would be' if dry_run else 'is'} DRAINING: {drained.shards} shards {done} handed over{to}")
 
 
 @app.command()

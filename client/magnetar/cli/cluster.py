@@ -17,7 +17,7 @@ from magnetar.cli.command import (
     TimeoutOption,
     run_with_client,
 )
-from magnetar.cli.output import emit_facts, emit_json, human_seconds, plain
+from magnetar.cli.output import emit_facts, emit_json, human_seconds, note, plain
 from magnetar.cli.quantities import human_rate, parse_rate
 
 if TYPE_CHECKING:
@@ -84,8 +84,10 @@ def repair(
 
     found = run_with_client(server, timeout, body)
     if output is Output.json:
-        emit_json(plain(found))
+        emit_json({**plain(found), "dry_run": dry_run})
         return
+    if dry_run:
+        note("as it would be:")
     emit_facts(
         [
             ("repair", "on" if found.enabled else "off"),

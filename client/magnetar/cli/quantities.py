@@ -19,7 +19,7 @@ def parse_rate(text: str) -> int:
     amount = re.sub(r"\s*(/|p)s$", "", text.strip(), flags=re.IGNORECASE)
     rate = _parse(amount, f"{text!r} is no rate: give one such as 50MB/s or 800kB/s")
     if rate <= 0:
-        raise typer.BadParameter(f"{text!r} would never end: give a rate above zero, or pause the operation")
+        raise typer.BadParameter(f"{text!r} would never end: give a rate above zero, or pause what is to stop")
     return rate
 
 

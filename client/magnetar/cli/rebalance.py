@@ -143,6 +143,8 @@ def apply(
 
 
 def _check_bytes(goal: Goal, throttle: int | None, max_bytes: int | None) -> None:
+    if max_bytes == 0:
+        raise CommandFailed("--max-bytes 0 moves nothing: give a size such as 10GB, or leave it out", EXIT_USAGE)
     if goal is Goal.brokers and not (throttle is None and max_bytes is None):
         remedy = "--throttle out" if max_bytes is None else "--max-bytes out, name a --topic"
         raise CommandFailed(f"shards move by hand-off, which copies no bytes: leave {remedy}", EXIT_USAGE)

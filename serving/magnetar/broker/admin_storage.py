@@ -133,6 +133,8 @@ class StorageAdmin:
                 stalled[task.reason.value] += 1
                 if len(response.problems) < PROBLEMS_MAX:
                     response.problems.append(_problem(task))
+        if (unnamed := stalled.total() - len(response.problems)) > 0:
+            response.problems.append(f"and {unnamed} more")
         for reason, copies in sorted(waiting.items()):
             response.copies.add(reason=reason, copies=copies, stalled=stalled[reason])
 

@@ -170,7 +170,8 @@ class Broker:
             on_session=self._session_began,
             on_lost=self._session_lost,
         )
-        ledgers = LedgerClient(bookies, now_us=now_us, rng=rng, settings=_ledger_settings(settings))
+        ledger_settings = _ledger_settings(settings)
+        ledgers = LedgerClient(bookies, now_us=now_us, rng=rng, settings=ledger_settings, registry=registry)
         parts = LogParts(ledgers, ids, ReadCache(settings.cache_bytes), log_settings, now_us)
         self.served = ServedShards(
             self.ownership,

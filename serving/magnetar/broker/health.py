@@ -89,11 +89,13 @@ class Findings:
         ]
 
     def _bookie_problems(self, ensemble_size: int) -> list[str]:
+        leave_it = ""
+        if self.repairs:
+            leave_it = ", or leave it: repair makes its part anew on others, see `magnetar cluster repair`"
         problems = _limited(
             [
-                f"bookie {bookie} has no session and {ledgers} ledgers name it: start it again, or leave it: repair "
-                "makes its part anew on others, see `magnetar cluster repair`; if its disk is lost, without a spare, "
-                f"start it with an empty directory and --repair-bookie {bookie}"
+                f"bookie {bookie} has no session and {ledgers} ledgers name it: start it again{leave_it}; if its "
+                f"disk is lost, without a spare, start it with an empty directory and --repair-bookie {bookie}"
                 for bookie, ledgers in sorted(self.lost_bookies.items())
             ],
             "bookies",
