@@ -140,6 +140,8 @@ def test_bad_input_is_refused_with_what_to_do(cluster: Any, tmp_path: Path) -> N
     for number in (-1, 1 << 64, 5.9, True):
         (tmp_path / "bad.json").write_text(json.dumps({**future, "revision": number}))
         assert cluster.call("rebalance", "apply", tmp_path / "bad.json").is_refused(2, f"revision=`{number}`")
+    (tmp_path / "bad.json").write_text(json.dumps({**future, "throttle": 0}))
+    assert cluster.call("rebalance", "apply", tmp_path / "bad.json").is_refused(2, "a throttle is above zero")
     (tmp_path / "bad.json").write_text(json.dumps(future).replace('"a"', '"\\ud800"'))
     assert cluster.call("rebalance", "apply", tmp_path / "bad.json").is_refused(2, "surrogates not allowed")
     assert cluster.call("rebalance", "throttle", "9" * 400).is_refused(2, "is no rate")

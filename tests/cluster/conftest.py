@@ -62,12 +62,8 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
 def shared_cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """Of a metadata store and so many bookies, for all tests that ask for such a one: see `on`."""
     kind, bookies = request.param
-    cluster = Cluster(tmp_path_factory.mktemp("cluster"), metadata=kind, bookies=bookies)
-    try:
-        cluster.start()
+    with Cluster(tmp_path_factory.mktemp("cluster"), metadata=kind, bookies=bookies) as cluster:
         yield cluster
-    finally:
-        cluster.close()
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import pytest
 from cluster.network import Network
@@ -194,6 +194,18 @@ class Cluster:
         return f"{self.metadata_kind}, {len(self.bookies)} bookies, {len(self.brokers)} brokers"
 
     # --- life ---
+
+    def __enter__(self) -> Self:
+        """Runs on return, until the block is left."""
+        try:
+            self.start()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     def start(self) -> None:
         self.restart(METADATA)

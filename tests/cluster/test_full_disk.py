@@ -39,12 +39,8 @@ def cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     folder = tmp_path_factory.mktemp("cluster")
     with mounted(tmp_path_factory.mktemp("disk")) as disk:
         small = {SMALL: disk / SMALL}
-        cluster = Cluster(folder, metadata=metadata, bookies=bookies, settings=SETTINGS, folders=small)
-        try:
-            cluster.start()
+        with Cluster(folder, metadata=metadata, bookies=bookies, settings=SETTINGS, folders=small) as cluster:
             yield cluster
-        finally:
-            cluster.close()
 
 
 @pytest.fixture

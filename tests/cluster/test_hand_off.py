@@ -20,12 +20,8 @@ MOVES = 20
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    cluster = Cluster(tmp_path_factory.mktemp("cluster"), brokers=3)
-    try:
-        cluster.start()
+    with Cluster(tmp_path_factory.mktemp("cluster"), brokers=3) as cluster:
         yield cluster
-    finally:
-        cluster.close()
 
 
 def shards_of(client: Client, broker: str) -> int:

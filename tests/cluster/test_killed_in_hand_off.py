@@ -29,12 +29,8 @@ SOURCE, TARGET, BYSTANDER = "broker0", "broker1", "broker2"
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    cluster = Cluster(tmp_path_factory.mktemp("cluster"), brokers=3)
-    try:
-        cluster.start()
+    with Cluster(tmp_path_factory.mktemp("cluster"), brokers=3) as cluster:
         yield cluster
-    finally:
-        cluster.close()
 
 
 async def moved(address: str, shards: Sequence[int], target: str) -> None:

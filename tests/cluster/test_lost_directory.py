@@ -15,12 +15,8 @@ LOST, OTHER = "bookie0", "bookie1"
 @pytest.fixture(scope="module")
 def cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     metadata, bookies = request.param
-    cluster = Cluster(tmp_path_factory.mktemp("cluster"), metadata=metadata, bookies=bookies)
-    try:
-        cluster.start()
+    with Cluster(tmp_path_factory.mktemp("cluster"), metadata=metadata, bookies=bookies) as cluster:
         yield cluster
-    finally:
-        cluster.close()
 
 
 @on_its_own(("server", 3), long=[("etcd", 4)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import closing
 
 import pytest
 from cluster.harness import LEASE_S, METADATA, Cluster, on_its_own, until
@@ -26,15 +27,13 @@ QUIET_S = 2.0
 
 @pytest.fixture(scope="module")
 def cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    network = Network()
     metadata, bookies = request.param
-    cluster = Cluster(tmp_path_factory.mktemp("cluster"), metadata=metadata, bookies=bookies, network=network)
-    try:
-        cluster.start()
+    folder = tmp_path_factory.mktemp("cluster")
+    with (
+        closing(Network()) as network,
+        Cluster(folder, metadata=metadata, bookies=bookies, network=network) as cluster,
+    ):
         yield cluster
-    finally:
-        cluster.close()
-        network.close()
 
 
 @on_its_own(("server", 3), ("etcd", 4))

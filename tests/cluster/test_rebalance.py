@@ -36,15 +36,11 @@ QUIET_S = 3.0
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """Three filled bookies, and an empty one that has just joined."""
-    cluster = Cluster(tmp_path_factory.mktemp("cluster"), settings=SETTINGS)
-    try:
-        cluster.start()
+    with Cluster(tmp_path_factory.mktemp("cluster"), settings=SETTINGS) as cluster:
         with cluster.connect() as client:
             fill(client, "filled", FILL_BYTES)
         join(cluster, NEW)
         yield cluster
-    finally:
-        cluster.close()
 
 
 def emptied(client: Client) -> None:

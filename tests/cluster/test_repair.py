@@ -23,12 +23,8 @@ SETTINGS = {"broker": {"segment_bytes": 4 << 20, "trim_interval_s": 1.0}, "booki
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    cluster = Cluster(tmp_path_factory.mktemp("cluster"), bookies=4, settings=SETTINGS)
-    try:
-        cluster.start()
+    with Cluster(tmp_path_factory.mktemp("cluster"), bookies=4, settings=SETTINGS) as cluster:
         yield cluster
-    finally:
-        cluster.close()
 
 
 class Probe:

@@ -35,14 +35,7 @@ from simulation.world import World
 from magnetar.bookie.bookie import Bookie
 from magnetar.broker.peers import ADMIN_SERVICE
 from magnetar.ledger.bookie_directory import BookieDirectory
-from magnetar.metadata.records import (
-    CopyReason,
-    CopyTask,
-    Fragment,
-    Goal,
-    LedgerRecord,
-    OperationState,
-)
+from magnetar.metadata.records import CopyReason, CopyTask, Fragment, Goal, LedgerRecord, OperationState
 from magnetar.repair.copying import runs_of
 from magnetar.repair.workers import RepairWorkers
 from magnetar.v1 import metadata_pb2, rebalance_pb2, repair_pb2

@@ -33,6 +33,9 @@ READS_QUEUED_MAX = 4096
 READ_BYTES_MAX = (1 << 20) - (16 << 10)
 """Of the envelopes in one answer: a frame holds the answer and stays below 1 MiB."""
 
+DAMAGED_TOLD_MAX = 1000
+"""Ledgers of which the log says that they are damaged; the metric counts all."""
+
 log = structlog.get_logger("magnetar.bookie")
 
 _Waiting = tuple[ReadGroup, "asyncio.Future[ReadResult]"]
@@ -54,6 +57,7 @@ class Reads:
         self._metrics = metrics
         self._queue: deque[_Waiting] = deque()
         self._trips: set[asyncio.Task[None]] = set()
+        self._told: set[int] = set()
 
     def read(self, group: ReadGroup) -> asyncio.Future[ReadResult]:
         future: asyncio.Future[ReadResult] = asyncio.get_running_loop().create_future()
@@ -139,12 +143,12 @@ class Reads:
         if damaged:
             entry_id, first = damaged[0]
             metrics.damaged.inc(len(damaged))
-            log.warning(
-                "entries are damaged",
-                ledger=group.ledger_id,
-                entry=entry_id,
-                entries=len(damaged),
-                problem=first.message,
-            )
+            self._tell(group.ledger_id, entry_id, first.message)
         if any(answer.outcome is EntryOutcome.UNKNOWN for answer in result.answers):
             metrics.unknown_reads.inc()
+
+    def _tell(self, ledger_id: int, entry_id: int, problem: str) -> None:
+        """Once a ledger: whoever reads a damaged entry may read it again and again."""
+        if ledger_id not in self._told and len(self._told) < DAMAGED_TOLD_MAX:
+            self._told.add(ledger_id)
+            log.warning("an entry is damaged", ledger=ledger_id, entry=entry_id, problem=problem)

@@ -449,15 +449,21 @@ def _move(move: rebalance_pb2.RebalanceMove) -> RebalanceMove:
 
 
 def _throttle_of(plan: RebalancePlan) -> int | None:
-    return None if plan.of_brokers else plan.throttle or THROTTLE_DEFAULT
+    if plan.of_brokers:
+        return None
+    return THROTTLE_DEFAULT if plan.throttle is None else plan.throttle
 
 
 def _saved_move(move: Any, *, of_brokers: bool) -> RebalanceMove:
-    source, target = str(move["from"]), str(move["to"])
-    _ = (source + target).encode()  # half a surrogate cannot be sent
+    source, target = _saved_name(move, "from"), _saved_name(move, "to")
     if of_brokers:
         return RebalanceMove(0, source, target, 0, shard=_saved_number(move, "shard"), load=float(move["load"]))
     return RebalanceMove(_saved_number(move, "ledger"), source, target, _saved_number(move, "bytes"))
+
+
+def _saved_name(saved: Any, name: str) -> str:
+    """Raises ValueError for what cannot be sent: half of a surrogate pair."""
+    return str(saved[name]).encode().decode()
 
 
 def _saved_number(saved: Any, name: str) -> int:
@@ -491,8 +497,7 @@ def _operation(operation: metadata_pb2.Operation) -> RebalanceOperation:
     else:
         percent = 100.0 * operation.moves_done / moves_wanted if moves_wanted else 100.0
     running = operation.state == metadata_pb2.OPERATION_STATE_RUNNING
-    begins = not operation.updated_us and not operation.problems
-    speed = operation.rate or (operation.bytes_per_s if begins else 0)
+    speed = operation.rate or (0 if operation.problems else operation.bytes_per_s)
     of_brokers = operation.goal == metadata_pb2.GOAL_BROKERS
     to_do = max(0, moves_wanted - operation.moves_done) if of_brokers else remaining
     return RebalanceOperation(

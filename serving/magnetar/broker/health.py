@@ -24,7 +24,6 @@ from magnetar.metadata.records import (
 NAMED_PROBLEMS_MAX = 20
 """Of one kind named one by one; the rest is counted."""
 
-
 REPAIR_IS_OFF = "repair is switched off, and no copy is made anew: `magnetar cluster repair --on`"
 
 

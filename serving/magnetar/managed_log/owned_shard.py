@@ -221,18 +221,23 @@ class OwnedShard:
 
         Returns None when it is `wanted` no more, or `link` says so.
         """
+        ledger_id = await self._new_ledger_id()
         retry = Retry(self.settings)
         while wanted():
             self.check_served()
-            ledger_id = await self._ids.next_id(COUNTER_LEDGER, at_least=self.client.lowest_id())
             try:
                 planned = self.client.plan(ledger_id, self.shard_id, purpose, self.record.epoch)
             except NotEnoughBookies as error:
                 log.warning("log waits for bookies", shard=self.shard_id, purpose=purpose.name, problem=str(error))
                 await retry.wait()
+                # A bookie that came back empty meanwhile takes newer ones only.
+                ledger_id = await self._new_ledger_id()
             else:
                 return planned if await self.change(partial(link, planned)) else None
         return None
+
+    async def _new_ledger_id(self) -> int:
+        return await self._ids.next_id(COUNTER_LEDGER, at_least=self.client.lowest_id())
 
     def writer(
         self,
