@@ -13,6 +13,7 @@ from scripted_broker import Fate, ScriptedBroker, ScriptedCluster, Shard, Stream
 
 from magnetar.client import (
     EARLIEST,
+    LATEST,
     Batching,
     Client,
     ClusterUnavailable,
@@ -127,6 +128,33 @@ async def test_a_shard_that_moved_is_followed(cluster: ScriptedCluster, client: 
         assert numbers(messages) == list(range(100))
         await consumer.ack(messages[-1])
     assert shard.subscriptions["s"].floor == 100
+
+
+async def test_a_late_answer_of_the_former_owner_answers_nothing_that_the_new_one_was_asked(
+    cluster: ScriptedCluster, broker: ScriptedBroker, client: Client, shard: Shard
+) -> None:
+    """Both count requests from one on: else an acknowledgement that nobody stored would pass for a durable one."""
+    other = await cluster.broker()
+    cluster.create("views")
+    asked: list[Fate] = []
+    cluster.on_ack = lambda: asked.append(Fate.DROP) or asked[-1]  # type: ignore[func-returns-value]
+    async with client.queue_consumer("clicks", subscription="q", start=EARLIEST) as consumer:
+        messages = await take(consumer, 10)
+        acked = consumer.ack(messages[0])
+        await cluster.until(lambda: len(asked) == 1)
+        (session,) = shard.subscriptions["q"].sessions
+        cluster.move(shard, other)
+        broker._detach(session)
+        moved = broker_pb2.ConsumerError(handle=session.handle, error=error("NOT_OWNER", owner=other.address))
+        session.stream.say(broker_pb2.ConsumeResponse(errors=[moved]))
+        await cluster.until(lambda: len(asked) == 2)
+        session.stream.say(broker_pb2.ConsumeResponse(acks=[broker_pb2.AckResult(request_id=1)]))
+        async with client.reader("views", start=EARLIEST, stop=LATEST) as reader:
+            assert [message async for message in reader] == []  # it is answered on the same stream, behind that
+        cluster.on_ack = lambda: Fate.STORE
+        other.cut()
+        await acked
+    assert shard.subscriptions["q"].acked == {0}
 
 
 async def test_a_consumer_whose_shard_moves_while_it_closes_is_closed_all_the_same(

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-from scripted_broker import Fate, ScriptedBroker, ScriptedCluster, Shard, Topic
+from scripted_broker import Fate, ScriptedBroker, ScriptedCluster, Shard, Topic, error
 
 from magnetar.client import EARLIEST, Client, connect
 from magnetar.client import layouts as client_layouts
@@ -15,6 +15,7 @@ from magnetar.client import links as client_links
 from magnetar.client.backoff import Delays
 from magnetar.client.layouts import Brokers
 from magnetar.client.rpc import RpcStream
+from magnetar.v1 import broker_pb2
 
 TIMEOUT_S = 20.0
 FOR_EVER_S = 1000.0
@@ -194,6 +195,31 @@ async def test_news_that_are_withdrawn_at_once_move_nobody(
         await producer.send(b"1")
         assert (await consumer.receive()).payload == b"1"
         assert (world.cluster.opens, len(world.cluster.consumer_opens)) == opens
+
+
+async def test_who_was_redirected_since_the_news_does_not_follow_them_any_more(
+    world: World, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A queue that left its owner for old news would leave what it holds to others, and has it in its hands."""
+    monkeypatch.setattr(client_links, "HINT_GRACE_S", 0.5)
+    told = asyncio.Event()
+    async with client.queue_consumer("clicks", subscription="q", start=EARLIEST):
+        await world.watched(world.b)
+        await world.cluster.until(lambda: len(world.cluster.consumer_opens) == 1)
+        parts: Any = client._parts
+        parts.consuming.layouts.listen(world.topic.name, lambda layout: told.set())
+        world.cluster.move(world.shard, world.b)
+        world.cluster.push(world.topic)
+        await asyncio.wait_for(told.wait(), TIMEOUT_S)
+        for opens, owner in ((2, world.b), (3, world.a)):
+            world.cluster.move(world.shard, owner)
+            (session,) = world.shard.subscriptions["q"].sessions
+            session.stream.broker._detach(session)
+            moved = broker_pb2.ConsumerError(handle=session.handle, error=error("NOT_OWNER", owner=owner.address))
+            session.stream.say(broker_pb2.ConsumeResponse(errors=[moved]))
+            await world.cluster.until(lambda opens=opens: len(world.cluster.consumer_opens) == opens)  # type: ignore[misc]
+        await asyncio.sleep(1.5 * _grace_s())
+        assert len(world.cluster.consumer_opens) == 3
 
 
 async def test_a_broker_that_is_silent_does_not_keep_the_others_from_being_asked(

@@ -100,6 +100,42 @@ async def test_open_ledgers_end_that_have_entries_on_a_drained_bookie(four_booki
     assert {ledger.ledger_id for ledger in await open_ledgers(cluster)} == before, "nothing ends twice"
 
 
+async def test_idle_ledgers_end_that_have_a_vacant_place_when_a_new_one_would_have_none(two_bookies: Cluster) -> None:
+    owner = await two_bookies.open(settings=replace(QUICK, vacant_s=0.0))
+    await append_some(owner)
+    await owner.log.create_cursor("s", 1, SubscriptionType.QUEUE, 0)
+    before = await open_ledgers(two_bookies)
+    assert all(VACANT in ledger.fragments[0].bookies for ledger in before)
+    await owner.log.trim()
+    assert not owner.log._appender._end_asked, "a new one would have that place, too"
+    await two_bookies.start_bookie("bookie2")
+    await until(owner.log._shard.client.fills_all_places)
+    await owner.log.trim()
+
+    def whole() -> bool:
+        return all(
+            VACANT not in fragment.bookies
+            for ledger in owner.log._shard.ledgers.values()
+            for fragment in ledger.fragments
+        )
+
+    await until(whole)
+    assert await owner.read_all() == [b"0", b"1", b"2"]
+    assert list(owner.log.cursors) == ["s"]
+
+
+async def test_a_ledger_with_a_vacant_place_is_not_ended_at_once(two_bookies: Cluster) -> None:
+    """A bookie that has a session and does not answer would have every ledger end at every trim."""
+    owner = await two_bookies.open(settings=QUICK)
+    await append_some(owner)
+    before = await open_ledgers(two_bookies)
+    await two_bookies.start_bookie("bookie2")
+    await until(owner.log._shard.client.fills_all_places)
+    await owner.log.trim()
+    await append_some(owner)
+    assert {ledger.ledger_id for ledger in before} <= {ledger.ledger_id for ledger in await open_ledgers(two_bookies)}
+
+
 async def test_idle_ledgers_end_whose_member_cannot_be_replaced(four_bookies: Cluster) -> None:
     cluster = four_bookies
     owner = await cluster.open(settings=QUICK)

@@ -28,7 +28,7 @@ from magnetar.ledger.errors import (
 )
 from magnetar.ledger.fragments import Unreplicated
 from magnetar.ledger.metrics import LedgerMetrics
-from magnetar.ledger.placement import choose_ensemble
+from magnetar.ledger.placement import choose_ensemble, is_eligible
 from magnetar.ledger.quorum import Quorum
 from magnetar.ledger.read_handle import Entry, ReadHandle
 from magnetar.ledger.reads import ReadLimits
@@ -102,6 +102,12 @@ class LedgerClient:
     def lowest_id(self) -> int:
         """Of a new ledger that every bookie here may store: one that came back empty takes no lower ids."""
         return max((bookie.ledger_floor for bookie in self._bookies.registered()), default=0)
+
+    def fills_all_places(self) -> bool:
+        """A new ledger would have no vacant place."""
+        lowest = self.lowest_id()
+        eligible = sum(is_eligible(bookie, lowest) for bookie in self._bookies.registered())
+        return eligible >= self.settings.ensemble_size
 
     def plan(
         self, ledger_id: int, shard_id: int, purpose: LedgerPurpose, epoch: int, rack: str | None = None

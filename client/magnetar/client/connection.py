@@ -305,7 +305,7 @@ class ConsumeStream(Stream[ConsumerHandle]):
     def __init__(self, rpc: BrokerRpc, address: str, ended: Callable[[], None]) -> None:
         self._waiting: dict[int, None] = {}
         self._closing: list[int] = []
-        self._requests: dict[int, Callable[[broker_pb2.AckResult], None]] = {}
+        self._requests: dict[int, tuple[int, Callable[[broker_pb2.AckResult], None]]] = {}
         self._next_request = 1
         super().__init__(rpc, address, ended)
 
@@ -315,12 +315,16 @@ class ConsumeStream(Stream[ConsumerHandle]):
             self._waiting[number] = None
             self._work.set()
 
-    def request(self, answered: Callable[[broker_pb2.AckResult], None]) -> int:
-        """A request id; the function is called with the result, and never if the stream ends first."""
-        number = self._next_request
+    def request(self, number: int, answered: Callable[[broker_pb2.AckResult], None]) -> int:
+        """The id of a request about the handle; the function is called with the result.
+
+        Never if the handle or the stream ends first: its owner may have asked at another broker by then, whose ids are
+        the same numbers.
+        """
+        request_id = self._next_request
         self._next_request += 1
-        self._requests[number] = answered
-        return number
+        self._requests[request_id] = number, answered
+        return request_id
 
     def close(self, number: int) -> None:
         """The handle is closed, without waiting for the broker's answer."""
@@ -339,7 +343,7 @@ class ConsumeStream(Stream[ConsumerHandle]):
     def _next_frame(self) -> bytes | None:
         request = broker_pb2.ConsumeRequest()
         for number in self._closing:
-            request.close.add(handle=number, request_id=self.request(lambda result: None))
+            request.close.add(handle=number, request_id=self.request(number, lambda result: None))
         self._closing.clear()
         ranges = 0
         while self._waiting and ranges < RANGES_PER_FRAME:
@@ -361,7 +365,8 @@ class ConsumeStream(Stream[ConsumerHandle]):
             if (handle := handles.get(delivery.handle)) is not None:
                 handle.delivered(delivery)
         for result in response.acks:
-            if (answered := self._requests.pop(result.request_id, None)) is not None:
+            number, answered = self._requests.pop(result.request_id, (0, None))
+            if answered is not None and number in handles:
                 answered(result)
         for error in response.errors:
             if (handle := handles.pop(error.handle, None)) is not None:

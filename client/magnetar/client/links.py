@@ -9,7 +9,8 @@ else is tried again, for ever. Patience is another matter: when something is wai
 seconds, `_timed_out` tells the users, and the link goes on.
 
 A layout that names another owner than before is news. Whoever waits goes there at once. Who is open elsewhere goes
-after HINT_GRACE_S, unless other news came: the broker that told may know less than the one that redirected here.
+after HINT_GRACE_S, unless other news came, or a redirect: the broker that told may know less than the one that
+redirected.
 """
 
 from __future__ import annotations
@@ -69,6 +70,7 @@ class ShardLink(ABC, Generic[StreamT]):
         self._unlisten: Callable[[], None] | None = None
         self._told_owner = owner
         self._news = asyncio.Event()
+        self._hint: asyncio.TimerHandle | None = None
 
     # --- what kinds of link do ---
 
@@ -118,6 +120,7 @@ class ShardLink(ABC, Generic[StreamT]):
         if self._unlisten is not None:
             self._unlisten()
             self._unlisten = None
+        self._forget_hint()
         if self._task is not None:
             self._task.cancel()
 
@@ -157,6 +160,7 @@ class ShardLink(ABC, Generic[StreamT]):
             self._let_go(stream)
         if refused.reason == NOT_OWNER:
             self._owner = refused.owner
+            self._forget_hint()
         elif refused.reason == OUT_OF_ORDER or refused.one_batch:
             self._owner = address
         return refused
@@ -189,6 +193,7 @@ class ShardLink(ABC, Generic[StreamT]):
         if place is None or place.owner == self._told_owner:
             return
         self._told_owner = place.owner
+        self._forget_hint()
         stream = self._stream
         here = (self._at,) if stream is None else (stream.address, stream.registered)
         if not place.owner or place.owner in here:
@@ -196,13 +201,16 @@ class ShardLink(ABC, Generic[StreamT]):
             return
         self._news.set()
         if stream is not None:
-            self._loop.call_later(HINT_GRACE_S, self._follow, place.owner)
+            self._hint = self._loop.call_later(HINT_GRACE_S, self._follow, place.owner)
+
+    def _forget_hint(self) -> None:
+        if self._hint is not None:
+            self._hint.cancel()
+            self._hint = None
 
     def _follow(self, owner: str) -> None:
         stream = self._stream
-        if stream is None or not owner or owner != self._told_owner:
-            return
-        if owner not in (stream.address, stream.registered):
+        if stream is not None and owner not in (stream.address, stream.registered):
             self._cut(Refused(NOT_OWNER, f"the shard has another owner: broker=`{stream.address}`", owner=owner))
 
     async def _resolve(self) -> str:

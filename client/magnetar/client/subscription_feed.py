@@ -96,7 +96,7 @@ class SubscriptionFeed(Feed):
 
     def _request(self, answered: Callable[[broker_pb2.AckResult], None]) -> int:
         assert self._stream is not None
-        return self._stream.request(answered)
+        return self._stream.request(self._number, answered)
 
     def _ack_answered(self, result: broker_pb2.AckResult) -> None:
         group = self._acks.in_flight(result.request_id)

@@ -113,10 +113,9 @@ class Findings:
         )
         writable = sum(1 for b in self.bookies.values() if b.state is BookieState.WRITABLE)
         if self.vacant:
-            enough = (
-                "they get them when they are closed and repaired" if writable >= ensemble_size else "start more bookies"
-            )
-            problems.append(f"{self.vacant} ledgers have fewer copies than they should: {enough}")
+            enough = "wait, they are ended and completed within minutes"
+            remedy = enough if writable >= ensemble_size else "start more bookies"
+            problems.append(f"{self.vacant} ledgers have fewer copies than they should: {remedy}")
         if writable < ensemble_size:
             problems.append(
                 f"{writable} bookies are writable and new ledgers want {ensemble_size}: start "

@@ -10,7 +10,7 @@ What it does in the metadata store goes through one OwnedShard. Without work it 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
@@ -38,6 +38,7 @@ from magnetar.managed_log.takeover import Inheritance, TakenOver, end_ledgers, i
 from magnetar.managed_log.trimming import Trimmer
 from magnetar.metadata.ids import IdBlocks
 from magnetar.metadata.records import (
+    VACANT,
     LedgerPurpose,
     LedgerRecord,
     LedgerState,
@@ -449,12 +450,14 @@ class ManagedLog:
     # --- trimming ---
 
     async def trim(self) -> int:
-        """Deletes what nobody needs, and ends a segment that is old; to be called every few seconds.
+        """Deletes what nobody needs, ends an old segment, and ledgers with a vacant place that new ones would not have.
 
-        Returns how many segments went. Raises ReadFailed while the store is silent, LogReleased.
+        To be called every few seconds. Returns how many segments went. Raises ReadFailed while the store is silent,
+        LogReleased.
         """
         self._shard.check_served()
         self._appender.tick()
+        self._end_incomplete()
         return await self._trimmer.trim()
 
     def end_acknowledged(self) -> bool:
@@ -467,11 +470,28 @@ class ManagedLog:
         A writer replaces a member by itself, if there is a spare for this ledger, and only for what comes. Call it
         again until nothing names them.
         """
+        self._end_ledgers(lambda ledger: not ledger.bookies().isdisjoint(bookies))
+
+    def _end_incomplete(self) -> None:
+        """An idle ledger that was begun while bookies were away would stand with too few copies for ever."""
+        begun_before_us = self._shard.now_us() - round(self._shard.settings.vacant_s * 1e6)
+
+        def is_due(ledger: LedgerRecord) -> bool:
+            return ledger.created_us < begun_before_us and any(VACANT in part.bookies for part in ledger.fragments)
+
+        if any(map(is_due, self._shard.ledgers.values())) and self._shard.client.fills_all_places():
+            self._end_ledgers(is_due)
+
+    def _end_ledgers(self, is_to_end: Callable[[LedgerRecord], bool]) -> None:
         record, ledgers = self._shard.record, self._shard.ledgers
         current = record.segments[-1].ledger_id if record.segments else 0
-        if _names(ledgers, (current, record.next_ledger), bookies):
+
+        def named(*ids: int) -> bool:
+            return any(is_to_end(ledgers[ledger_id]) for ledger_id in ids if ledger_id in ledgers)
+
+        if named(current, record.next_ledger):
             self._appender.end_segment()
-        if _names(ledgers, (record.cursor_ledger, record.next_cursor), bookies):
+        if named(record.cursor_ledger, record.next_cursor):
             self._cursors.roll()
 
     async def _trim_quietly(self) -> None:
@@ -632,11 +652,6 @@ async def _standing(handle: WriteHandle) -> Standing:
             return await handle.standing()
     except TimeoutError:
         return Standing.UNKNOWN
-
-
-def _names(ledgers: Mapping[int, LedgerRecord], ids: Iterable[int], bookies: Collection[str]) -> bool:
-    found = (ledgers[ledger_id] for ledger_id in ids if ledger_id in ledgers)
-    return any(not ledger.bookies().isdisjoint(bookies) for ledger in found)
 
 
 def _first_bytes(entries: list[StoredEntry], max_bytes: int) -> list[StoredEntry]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 class LogSettings:
     """segment_bytes            a segment ends at this size; longer where a long log is retained
     segment_s                a segment that is not empty ends at this age
+    vacant_s                 an open ledger with a vacant place ends at this age, if a new one would have none
     link_ahead               part of segment_bytes from which on the next ledger is created
     segment_bytes_hard       while no next ledger can be linked a segment grows to this, then appends wait
     retention_unsubscribed_s without any subscription, messages are kept for so long
@@ -27,6 +28,7 @@ class LogSettings:
 
     segment_bytes: int = 64 << 20
     segment_s: float = 3600.0
+    vacant_s: float = 60.0
     link_ahead: float = 0.75
     segment_bytes_hard: int = 4 << 30
     retention_unsubscribed_s: float = 7 * 24 * 3600.0
