@@ -41,13 +41,13 @@ REFUSED = common_pb2.ERROR_REASON_REFUSED
 class World:
     def __init__(self, store: Any) -> None:
         self.store = store
-        self.admin = StorageAdmin(store, KEYS, 3, lambda: 7)
+        self.admin = StorageAdmin(store, KEYS, 3, 3, lambda: 7)
 
-    async def add(self, *names: str, state: BookieState = BookieState.WRITABLE) -> None:
+    async def add(self, *names: str, state: BookieState = BookieState.WRITABLE, rack: str = "") -> None:
         for name in names:
             cookie = Put(KEYS.cookie(name), encode_cookie(Cookie(name, "i", "c", "d")))
             await self.store.txn(
-                [], [cookie, Put(KEYS.bookie(name), encode_bookie(BookieRegistration(name, name, "", state)))]
+                [], [cookie, Put(KEYS.bookie(name), encode_bookie(BookieRegistration(name, name, rack, state)))]
             )
 
     async def drain(self, bookie: str, *, dry_run: bool = False) -> pb.DrainBookieResponse:
@@ -105,6 +105,22 @@ async def test_a_drain_is_refused_when_too_few_would_take_new_ledgers(world: Wor
         await world.drain("b")
     await world.store.txn([], [Delete(KEYS.bookie("e"))])
     assert not (await world.drain("a")).changed, "who asks again is told how far it is"
+
+
+async def test_a_drain_that_costs_ledgers_a_rack_is_warned_of_and_goes_on(world: World) -> None:
+    for rack in ("r1", "r2"):
+        await world.add(f"{rack}a", f"{rack}b", rack=rack)
+    await world.add("only", rack="r3")
+    await world.add("full", rack="r3", state=BookieState.READ_ONLY)
+    await world.store.txn([], [Put(KEYS.index(name, 1), b"") for name in ("r1a", "only")])
+    for dry_run in (True, False):
+        told = await world.drain("only", dry_run=dry_run)
+        assert told.changed
+        assert told.warning.startswith("only is the only bookie of rack r3 that takes copies: its ledgers lose")
+    assert (await world.undrain("only")).changed
+    assert not (await world.drain("r1a", dry_run=True)).warning, "another bookie of its rack takes its part"
+    await world.add("spare", rack="r4")
+    assert not (await world.drain("only", dry_run=True)).warning, "three racks are left, for three copies"
 
 
 async def test_of_two_drains_at_the_same_time_that_are_one_too_many_the_second_is_refused(world: World) -> None:

@@ -328,7 +328,7 @@ def test_a_cluster_that_is_well_is_healthy(cluster: Any) -> None:
     health = asked(cluster, "cluster", "health")
     assert health == {
         "healthy": True, "brokers": 1, "bookies": 3, "under_replicated_ledgers": 0, "unavailable_shards": 0,
-        "problems": [],
+        "problems": [], "notices": [],
     }  # fmt: skip
     assert cluster.call("cluster", "health").out.startswith("healthy                   yes\n")
 

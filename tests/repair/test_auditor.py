@@ -92,6 +92,20 @@ async def test_a_bookie_that_is_back_ends_the_copies_that_are_not_finished(world
     assert await members(world) == {frozenset("abc")}, "no claim is left"
 
 
+async def test_ledgers_that_could_stand_in_more_racks_are_counted(world: RepairWorld) -> None:
+    await world.directory.start()
+    for name, rack in {"a": "r1", "b": "r1", "c": "r2", "d": "r3"}.items():
+        await world.start_bookie(name, rack=rack)
+    for ledger_id, bookies in enumerate((("a", "b", "c"), ("b", "c", "d"), ("a", "b", "d")), 5):
+        await world.put_ledger(closed_ledger(ledger_id, 3, (0, bookies)))
+    world.start_auditor()
+
+    def counted() -> bool:
+        return world.registry.get_sample_value("magnetar_repair_ledgers_lacking_racks") == 2
+
+    await world.until(counted, "two ledgers stand twice in the first rack")
+
+
 async def test_a_second_loss_is_repaired_at_once(world: RepairWorld) -> None:
     await world.start("abcde")
     await some_ledgers(world)

@@ -6,9 +6,11 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from magnetar.ledger.placement import lacks_racks
 from magnetar.metadata.records import (
     VACANT,
     BookieRegistration,
@@ -20,7 +22,7 @@ from magnetar.metadata.records import (
     LedgerState,
     Move,
 )
-from magnetar.repair.planner import TOLERANCE, Snapshot, objections, plan
+from magnetar.repair.planner import TOLERANCE, Snapshot, objection, objections, plan
 
 REVISION = 1000
 DISK = 1 << 40
@@ -202,6 +204,77 @@ def test_no_copy_goes_where_any_fragment_of_the_ledger_stands() -> None:
     assert found.moves == ()
 
 
+# Racks that are won back.
+
+
+def after_a_rack_was_away(ledgers: int = 9) -> Snapshot:
+    """Everything stands on a, b and c: d, alone in the third rack, is back."""
+    return snapshot(bookies_abcd(a="r1", b="r1", c="r2", d="r3"), [ledger(n, "abc") for n in range(1, ledgers + 1)])
+
+
+@pytest.mark.parametrize("goal", [Goal.BYTES, Goal.SEGMENTS])
+def test_a_rack_that_is_back_gets_a_copy_of_everything_from_members_that_share_one(goal: Goal) -> None:
+    start = after_a_rack_was_away()
+    found = plan(start, goal)
+    assert len(found.moves) == 9
+    assert {move.target for move in found.moves} == {"d"}
+    assert sorted(move.source for move in found.moves) == ["a"] * 5 + ["b"] * 4, "in turn"
+    assert "the first 9 moves gain a rack for a ledger that stands in fewer than it could" in found.notes
+    end = after(start, found.moves)
+    assert all(racks_of(one, end.bookies) == [3] for one in end.ledgers)
+    assert plan(end, goal).moves == (), "d has more than its share, and keeps it"
+
+
+def test_a_rack_is_gained_though_all_is_even_and_by_the_bookie_that_lacks_most() -> None:
+    names = {"a": "r1", "b": "r1", "c": "r2", "d": "r3", "e": "r3"}
+    bookies = [bookie(name, rack=rack) for name, rack in names.items()]
+    ledgers = [ledger(1, "abc"), ledger(2, "acd"), ledger(3, "bce"), ledger(4, "bcd"), ledger(5, "acd")]
+    [move] = plan(snapshot(bookies, ledgers), tolerance=100.0).moves
+    assert (move.ledger_id, move.target) == (1, "e")
+
+
+def test_what_gains_a_rack_keeps_to_budget_topic_and_room() -> None:
+    start = after_a_rack_was_away()
+    some = plan(start, max_bytes=2 * (64 << 20) + 5)
+    assert len(some.moves) == 2
+    assert any("it is larger than --max-bytes leaves (7)" in note for note in some.notes)
+    assert [move.ledger_id for move in plan(start, shards={7}).moves] == []
+    full = replace(start, bookies={**start.bookies, "d": bookie("d", rack="r3", free=DISK // 10 + (129 << 20))})
+    assert len(plan(full).moves) == 2
+    assert any("d has no room for it (7)" in note for note in plan(full).notes)
+
+
+def test_ledgers_that_cannot_move_to_the_rack_they_lack_are_counted_with_the_reason() -> None:
+    start = after_a_rack_was_away()
+    for changed, reason in (
+        ({"state": BookieState.READ_ONLY}, "d is read-only (9)"),
+        ({"ledger_floor": 8}, "d takes no old ledgers since its repair (7)"),
+    ):
+        d = replace(start.bookies["d"], **changed)  # type: ignore[arg-type]
+        found = plan(replace(start, bookies={**start.bookies, "d": d}))
+        [note] = [note for note in found.notes if "fewer racks than they could" in note]
+        assert note.endswith(reason)
+        assert len(found.moves) == (2 if "floor" in str(changed) else 0)
+    held = plan(snapshot(list(start.bookies.values()), [ledger(1, "abc", "dbc")]))
+    assert any("cannot move there now: d has a copy of it already (1)" in note for note in held.notes)
+    assert not any("racks" in note for note in plan(replace(start, draining={"d"})).notes), "there is no third rack"
+
+
+def test_a_ledger_without_bytes_gains_its_rack_too_and_changes_no_share() -> None:
+    start = replace(after_a_rack_was_away(), ledgers=[ledger(1, "abc", length=0)])
+    found = plan(start, Goal.SEGMENTS)
+    assert [move.target for move in found.moves] == ["d"]
+    assert [share.after for share in found.shares] == [0] * 4
+
+
+def test_bookies_without_a_rack_stand_in_one_together() -> None:
+    assert not lacks_racks(ledger(1, "abc"), dict.fromkeys("abcd", ""))
+    assert lacks_racks(ledger(1, "abc"), {"a": "", "b": "", "c": "", "d": "r1"})
+    assert not lacks_racks(ledger(1, "abd"), {"a": "", "b": "", "c": "", "d": "r1"})
+    assert not lacks_racks(ledger(1, "abx"), {"a": "", "b": "", "c": "", "d": "r1"}), "x is lost: it is repaired"
+    assert lacks_racks(ledger(1, "abd", "abc"), {"a": "", "b": "", "c": "", "d": "r1"}), "one fragment is enough"
+
+
 # A plan from an old snapshot.
 
 
@@ -311,24 +384,46 @@ def test_each_move_brings_the_cluster_nearer_to_even_by_what_it_moves(start: Sna
     found = plan(start, goal)
     even = {share.bookie_id: share.even for share in found.shares}
     loads = {share.bookie_id: share.before for share in found.shares}
+    evening = False
     for move in found.moves:
-        unit = move.size_bytes if goal is Goal.BYTES else 1
+        unit = move.size_bytes if goal is Goal.BYTES else int(move.size_bytes > 0)
         before = sum(abs(load - even[name]) for name, load in loads.items())
         loads[move.source] -= unit
         loads[move.target] += unit
-        assert sum(abs(load - even[name]) for name, load in loads.items()) <= before - unit + 1e-3
+        [record] = [one for one in start.ledgers if one.ledger_id == move.ledger_id]
+        gains = racks_of(moved(record, move), start.bookies) != racks_of(record, start.bookies)
+        assert not (evening and gains), "racks come first"
+        evening = not gains
+        distance = sum(abs(load - even[name]) for name, load in loads.items())
+        assert gains or distance <= before - unit + 1e-3
     assert loads == {share.bookie_id: share.after for share in found.shares}
 
 
 @settings(max_examples=50, deadline=None)
 @given(clusters(), st.sampled_from(Goal))
-def test_planning_again_and_again_comes_to_an_end(start: Snapshot, goal: Goal) -> None:
+def test_planning_again_and_again_comes_to_an_end_with_all_racks_gained_that_can_be(
+    start: Snapshot, goal: Goal
+) -> None:
     for _ in range(30):
         found = plan(start, goal)
         if not found.moves:
+            assert not [one for one in start.ledgers if one.ledger_id not in start.busy and could_gain(start, one)]
             return
         start = after(start, found.moves)
     raise AssertionError("there is always something to move")
+
+
+def could_gain(cluster: Snapshot, record: LedgerRecord) -> bool:
+    """Some single move that the rules allow leaves a fragment in more racks. (There is room on all disks.)"""
+    if not all(cluster.is_counted(name) for name in record.bookies()):
+        return False
+    racks = racks_of(record, cluster.bookies)
+    return any(
+        not objection(cluster, record, source, target)
+        and racks_of(moved(record, Move(record.ledger_id, source, target, 0)), cluster.bookies) > racks
+        for source in record.bookies()
+        for target in cluster.bookies
+    )
 
 
 def test_twenty_thousand_ledgers_are_planned_in_seconds() -> None:

@@ -3,6 +3,7 @@
 Rules:
 1. Only bookies that accept new entries of this ledger are eligible: WRITABLE, and not above the ledger in their floor.
 2. Members stand in distinct racks while there are unused ones; after that, anywhere. A rack never costs a member.
+   Bookies without a rack stand in one together.
 3. Among equals the draw is weighted by free disk, at most WEIGHT_RATIO_MAX times the median's.
 4. A replacement takes the place of what it replaces: a bookie's place in the ensemble never moves.
 5. Places may stay vacant while every write set still has its ack quorum.
@@ -15,7 +16,7 @@ from typing import Protocol
 
 from magnetar.ledger.errors import NotEnoughBookies
 from magnetar.ledger.quorum import Quorum, filled_mask
-from magnetar.metadata.records import VACANT, BookieRegistration, BookieState
+from magnetar.metadata.records import VACANT, BookieRegistration, BookieState, LedgerRecord
 
 WEIGHT_RATIO_MAX = 3
 """An empty bookie among full ones takes at most so many times its share: it would become the hot spot."""
@@ -30,6 +31,18 @@ class Randomness(Protocol):
 def is_eligible(bookie: BookieRegistration, ledger_id: int) -> bool:
     """True if the bookie takes ordinary adds to the ledger. A reborn bookie refuses ids below its floor."""
     return bookie.state is BookieState.WRITABLE and ledger_id >= bookie.ledger_floor
+
+
+def lacks_racks(record: LedgerRecord, racks: Mapping[str, str]) -> bool:
+    """True if a fragment of a whole ledger stands in fewer racks than it could. False if the ledger misses a member.
+
+    racks   of the bookies that count: those that have a session and are not to be emptied
+    """
+    used = [{racks.get(name) for name in fragment.bookies} for fragment in record.fragments]
+    if any(None in some for some in used):
+        return False
+    most = len(set(racks.values()))
+    return any(len(some) < min(len(f.bookies), most) for some, f in zip(used, record.fragments, strict=True))
 
 
 def choose_ensemble(

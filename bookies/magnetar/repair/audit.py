@@ -67,6 +67,11 @@ class Cluster:
     now_us: int
 
     @property
+    def racks(self) -> dict[str, str]:
+        """Of the bookies that are not to be emptied."""
+        return {name: bookie.rack for name, bookie in self.bookies.items() if name not in self.drains}
+
+    @property
     def missing(self) -> frozenset[str]:
         return self.known - self.bookies.keys()
 

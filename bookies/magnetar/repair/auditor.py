@@ -10,7 +10,8 @@ A pass, at each change of what it depends on and every few seconds:
    long as there is room. Ledgers that are open are up to their owners, who roll them.
 
 Now and then all records of closed ledgers are looked at, for what no index key or change told: vacant places without a
-task, bookies that nobody knows, claims without a task.
+task, bookies that nobody knows, claims without a task. Those in fewer racks than they could are counted: they are moved
+when somebody asks for it (`planner.py`).
 
 Two auditors may believe to be elected. Every transaction compares that this term holds, and what it was built on; so
 the election saves work, and the comparisons keep it right.
@@ -27,6 +28,7 @@ from typing import Any
 
 import structlog
 
+from magnetar.ledger.placement import lacks_racks
 from magnetar.metadata import copy_txns, listing
 from magnetar.metadata.codec import (
     DamagedRecord,
@@ -351,9 +353,13 @@ class Auditor:
 
     async def _sweep(self, cluster: Cluster, tasks: dict[Key, StoredTask], load: Counter[str]) -> None:
         room = audit.room_for(stored.task for stored in tasks.values())
+        racks = cluster.racks
+        lacking_racks = 0
         async for item in listing.items(self._store, self._keyspace.ledgers_prefix()):
             ledger = Stored(decode_ledger(item.value), item.mod_revision)
+            lacking_racks += lacks_racks(ledger.record, racks)
             room -= await self._look_after(cluster, ledger, tasks, load, room)
+        self._metrics.lacking_racks.set(lacking_racks)
         for stored in list(tasks.values()):
             if stored.revision and await self._ledger(stored.task.ledger_id) is None:
                 await self._send(copy_txns.drop_orphan(self._keyspace, stored))

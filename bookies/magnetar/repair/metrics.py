@@ -34,6 +34,9 @@ class RepairMetrics:
         self.under_replicated = gauge(
             "under_replicated_ledgers", "closed ledgers with fewer copies than they should have, as of the last audit"
         )
+        self.lacking_racks = gauge(
+            "ledgers_lacking_racks", "closed ledgers that stand in fewer racks than they could, looked at now and then"
+        )
         self.rebalance_remaining = gauge(
             "rebalance_remaining_bytes", "bytes that rebalancing has still to move, as the elected process sees them"
         )

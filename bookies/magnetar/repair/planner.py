@@ -1,4 +1,5 @@
-"""Which closed ledgers to move so that every bookie holds its even share. Pure: a function of one metadata snapshot.
+"""Which closed ledgers to move so that each stands in all racks it can, and every bookie holds its even share. Pure: a
+function of one metadata snapshot.
 
 Words:
 
@@ -19,22 +20,27 @@ Rules of every plan:
    as many copies as before, never two on one bookie.
 2. No fragment of the ledger stands in fewer racks than before.
 3. The target is writable for this ledger, is not draining, and keeps FREE_SHARE_MIN of its disk free.
-4. A move takes from above the even share and gives to below it, and one of the two is outside of the tolerance. First
-   moves that fall short of both shares: each lowers the distance by twice its bytes. Then, less being left than any
-   ledger holds, moves that still lower the distance by their own bytes.
-5. A ledger moves once in a plan: its moves depend on nothing that another one does, and there are never more of them
+4. First come moves that gain a rack, whatever they do to the shares. A fragment can stand in as many racks as it has
+   members, or as counted bookies have; where it stands in fewer, one of two members in the same rack gives its copy to
+   a bookie in a rack that the fragment lacks: of such members the one that has most too much, of such bookies the one
+   that lacks most. By rule 2 no move takes that back. Bookies without a rack stand in one together, as in placement.
+5. Then those that even. One takes from above the even share and gives to below it, and one of the two is outside of the
+   tolerance. First moves that fall short of both shares: each lowers the distance by twice its bytes. Then, less being
+   left than any ledger holds, moves that still lower the distance by their own bytes.
+6. A ledger moves once in a plan: its moves depend on nothing that another one does, and there are never more of them
    than ledgers. Where that is not enough (more bookies joined than there were), the next plan goes on.
-6. Large ledgers move before those of half their size, newer before older ones, and one bookie gives all it has to give
+7. Large ledgers move before those of half their size, newer before older ones, and one bookie gives all it has to give
    before the next one does. So there are few moves, little is moved that is trimmed soon, and what leaves a bookie
    stood side by side in its files: these vanish as a whole, where ledgers here and there would only leave holes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from magnetar.ledger.placement import is_eligible
+from magnetar.ledger.placement import is_eligible, lacks_racks
 from magnetar.metadata.records import VACANT, BookieRegistration, BookieState, Goal, LedgerRecord, LedgerState, Move
 
 TOLERANCE = 0.02
@@ -45,6 +51,8 @@ MOVES_MAX = 40_000
 """Of one plan. All of them stand in the metadata store."""
 OBJECTIONS_MAX = 20
 """Named one by one; the rest is counted."""
+REASONS_MAX = 3
+"""Why ledgers keep to fewer racks: the most frequent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,73 +122,82 @@ def plan(
     max_bytes   all moves together are at most so large
     shards      only ledgers of these shards move; what is even is still judged by all ledgers
     """
-    balance = _Balance(snapshot, goal, tolerance)
+    balance = _Balance(snapshot, goal, tolerance, max_bytes)
     movable = [record for record in snapshot.ledgers if _is_movable(snapshot, record)]
     wanted = [record for record in movable if shards is None or record.shard_id in shards]
     # By segments every move counts the same: small ones first.
     sign = 1 if goal is Goal.SEGMENTS else -1
     wanted.sort(key=lambda record: (sign * record.length.bit_length(), -record.ledger_id))
     before, skew_before = dict(balance.loads), balance.skew()
-    moves = _choose_moves(balance, wanted, max_bytes)
+    lacking = _gain_racks(balance, wanted)
+    notes = [*_left_alone(snapshot, len(movable)), *_rack_notes(len(balance.moves), lacking)]
+    _even_out(balance, wanted)
     after = balance.loads
     return Plan(
         snapshot.revision,
         goal,
-        tuple(moves),
+        tuple(balance.moves.values()),
         tuple(BookieShare(name, round(before[name]), round(after[name]), balance.even[name]) for name in sorted(after)),
         skew_before,
         balance.skew(),
-        tuple(_notes(snapshot, balance, len(snapshot.ledgers) - len(movable), len(moves), tolerance)),
+        (*notes, *_limits(balance, tolerance)),
     )
 
 
-def _choose_moves(balance: _Balance, ledgers: Sequence[LedgerRecord], max_bytes: int | None) -> list[Move]:
-    moves: list[Move] = []
-    moved: set[int] = set()
-    left = max_bytes
+def _gain_racks(balance: _Balance, ledgers: Sequence[LedgerRecord]) -> Counter[str]:
+    """Why ledgers that stand in fewer racks than they could do not move, in words, and how many."""
+    lacking: Counter[str] = Counter()
+    for record in ledgers:
+        if lacks_racks(record, balance.racks):
+            found = balance.rack_move(record)
+            if isinstance(found, Move):
+                balance.apply(found)
+            else:
+                lacking[found] += 1
+    return lacking
+
+
+def _even_out(balance: _Balance, ledgers: Sequence[LedgerRecord]) -> None:
     for exact in (True, False):
         for record in ledgers:
-            if balance.is_even() or len(moves) >= MOVES_MAX:
-                return moves
-            if record.ledger_id in moved:
-                continue
-            move = balance.best_move(record, exact=exact, max_bytes=left)
-            if move is None:
-                continue
-            balance.apply(move)
-            moves.append(move)
-            moved.add(record.ledger_id)
-            if left is not None:
-                left -= move.size_bytes
-    return moves
+            if balance.is_even() or balance.is_full:
+                return
+            move = balance.best_move(record, exact=exact)
+            if move is not None:
+                balance.apply(move)
 
 
 class _Balance:
     """The loads of the counted bookies while moves are chosen.
 
     loads, even   by bookie, in the unit of the goal
-    room          bytes that each bookie's disk takes from moves
-    _under        bookies below their share, the one that lacks most first; None = to be sorted again
+    racks, room   by bookie; room: bytes that its disk takes from moves
+    moves         that are chosen, by ledger
+    _left         bytes that may still move
+    _needy        bookies, the one that lacks most first; None = to be sorted again
     _giving       the source of the last move
     """
 
-    def __init__(self, snapshot: Snapshot, goal: Goal, tolerance: float) -> None:
+    def __init__(self, snapshot: Snapshot, goal: Goal, tolerance: float, max_bytes: int | None) -> None:
         self._snapshot = snapshot
         self._goal = goal
         self._tolerance = tolerance
+        self._left: float = float("inf") if max_bytes is None else max_bytes
+        self.moves: dict[int, Move] = {}
         counted = [name for name in snapshot.bookies if snapshot.is_counted(name)]
         self.loads = dict.fromkeys(counted, 0.0)
         for record in snapshot.ledgers:
             for bookie, size_bytes in _held_soon(snapshot, record).items():
-                if bookie in self.loads and size_bytes:
+                if bookie in self.loads:
                     self.loads[bookie] += self._unit(size_bytes)
         self.even = _even_shares(snapshot.bookies, self.loads, goal)
+        self.racks = {name: snapshot.bookies[name].rack for name in counted}
         self.room = {name: _room(snapshot.bookies[name]) for name in counted}
-        self._under: list[str] | None = None
+        self._needy: list[str] | None = None
         self._giving = ""
 
     def _unit(self, size_bytes: int) -> float:
-        return float(size_bytes) if self._goal is Goal.BYTES else 1.0
+        return float(size_bytes if self._goal is Goal.BYTES else size_bytes > 0)
 
     def excess(self, bookie_id: str) -> float:
         return self.loads[bookie_id] - self.even[bookie_id]
@@ -194,22 +211,58 @@ class _Balance:
     def is_even(self) -> bool:
         return all(self._is_near(name) for name in self.loads)
 
-    def under(self) -> list[str]:
-        if self._under is None:
-            self._under = sorted(
-                (name for name in self.loads if self.excess(name) < 0), key=lambda name: (self.excess(name), name)
-            )
-        return self._under
+    @property
+    def is_full(self) -> bool:
+        return len(self.moves) >= MOVES_MAX
 
-    def best_move(self, record: LedgerRecord, *, exact: bool, max_bytes: int | None) -> Move | None:
-        """From who gives already, or has most too much, to who lacks most and may have it; None if it helps nobody."""
+    def needy(self) -> list[str]:
+        if self._needy is None:
+            self._needy = sorted(self.loads, key=lambda name: (self.excess(name), name))
+        return self._needy
+
+    def rack_move(self, record: LedgerRecord) -> Move | str:
+        """One that gains a rack for a ledger that lacks some, or why there is none, in words."""
+        if self.is_full:
+            return "the plan has all the moves it can have"
         held = record.bytes_held()
-        sources = [name for name in held if self.excess(name) > 0 and held[name] > 0]
+        reasons: list[str] = []
+        for source, target in self._rack_gains(record):
+            size_bytes = held.get(source, 0)
+            if size_bytes > self._left:
+                reason = "it is larger than --max-bytes leaves"
+            elif size_bytes > self.room[target]:
+                reason = f"{target} has no room for it"
+            else:
+                reason = objection(self._snapshot, record, source, target)
+            if not reason:
+                return Move(record.ledger_id, source, target, size_bytes)
+            reasons.append(reason)
+        return reasons[0]
+
+    def _rack_gains(self, record: LedgerRecord) -> Iterator[tuple[str, str]]:
+        """Pairs of a source and a target by which a fragment of the ledger gains a rack, the best one first."""
+        fragments = [[self.racks[name] for name in fragment.bookies] for fragment in record.fragments]
+        for source in sorted(record.bookies(), key=lambda name: (-self.excess(name), name)):
+            shared = [
+                racks
+                for fragment, racks in zip(record.fragments, fragments, strict=True)
+                if source in fragment.bookies and racks.count(self.racks[source]) > 1
+            ]
+            for target in self.needy():
+                if any(self.racks[target] not in racks for racks in shared):
+                    yield source, target
+
+    def best_move(self, record: LedgerRecord, *, exact: bool) -> Move | None:
+        """From who gives already, or has most too much, to who lacks most and may have it; None if it helps nobody."""
+        if record.ledger_id in self.moves:
+            return None
+        held = record.bytes_held()
+        sources = [name for name in held if self.excess(name) > 0 and 0 < held[name] <= self._left]
         for source in sorted(sources, key=lambda name: (name != self._giving, -self.excess(name), name)):
             size_bytes = held[source]
-            if max_bytes is not None and size_bytes > max_bytes:
-                continue
-            for target in self.under():
+            for target in self.needy():
+                if self.excess(target) >= 0:
+                    break
                 if (
                     self._helps(source, target, self._unit(size_bytes), exact)
                     and size_bytes <= self.room[target]
@@ -230,7 +283,9 @@ class _Balance:
         self.loads[move.source] -= self._unit(move.size_bytes)
         self.loads[move.target] += self._unit(move.size_bytes)
         self.room[move.target] -= move.size_bytes
-        self._under = None
+        self.moves[move.ledger_id] = move
+        self._left -= move.size_bytes
+        self._needy = None
         self._giving = move.source
 
 
@@ -346,19 +401,36 @@ def _objection_to(snapshot: Snapshot, record: LedgerRecord | None, move: Move, r
     return objection(snapshot, record, move.source, move.target)
 
 
-def _notes(snapshot: Snapshot, balance: _Balance, left_alone: int, moves: int, tolerance: float) -> list[str]:
+def _left_alone(snapshot: Snapshot, movable: int) -> list[str]:
     draining = sorted(name for name in snapshot.bookies if not snapshot.is_counted(name))
     notes = [f"bookie {name} is draining and not counted" for name in draining]
-    if left_alone:
+    alone = len(snapshot.ledgers) - movable
+    if alone:
         notes.append(
-            f"{left_alone} ledgers are left alone: they are being copied, miss a copy, or stand on a bookie that is "
+            f"{alone} ledgers are left alone: they are being copied, miss a copy, or stand on a bookie that is "
             "draining or lost"
         )
-    if moves >= MOVES_MAX:
-        notes.append(f"a plan has at most {MOVES_MAX:,} moves: plan again when they are done")
-    elif balance.skew() > tolerance:
+    return notes
+
+
+def _rack_notes(gained: int, lacking: Counter[str]) -> list[str]:
+    notes = [f"the first {gained} moves gain a rack for a ledger that stands in fewer than it could"] if gained else []
+    if lacking:
+        named = lacking.most_common(REASONS_MAX)
+        reasons = "; ".join(f"{reason} ({ledgers})" for reason, ledgers in named)
+        more = "" if len(named) == len(lacking) else "; and more like these"
         notes.append(
-            "no more can be moved by this plan: a ledger moves once in it, never to a bookie that holds it or to fewer "
-            "racks or to a disk without room, and within --max-bytes and --topic; plan again when it is done"
+            f"{lacking.total()} ledgers stand in fewer racks than they could and cannot move there now: {reasons}{more}"
         )
     return notes
+
+
+def _limits(balance: _Balance, tolerance: float) -> list[str]:
+    if balance.is_full:
+        return [f"a plan has at most {MOVES_MAX:,} moves: plan again when they are done"]
+    if balance.skew() > tolerance:
+        return [
+            "no more can be moved by this plan: a ledger moves once in it, never to a bookie that holds it or to fewer "
+            "racks or to a disk without room, and within --max-bytes and --topic; plan again when it is done"
+        ]
+    return []

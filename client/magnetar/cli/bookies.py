@@ -77,6 +77,8 @@ def drain(
 
     async def body(client: Client) -> BookieOrder:
         order = await client.admin.bookies.drain(bookie, dry_run=dry_run)
+        if order.warning:
+            note(f"warning: {order.warning}")
         if wait and not dry_run:
             await _wait_until_empty(client, bookie)
             order = replace(order, ledgers=0)

@@ -54,6 +54,7 @@ def health(
                 ("under-replicated ledgers", found.under_replicated_ledgers),
                 ("unavailable shards", found.unavailable_shards),
                 *(("problem", problem) for problem in found.problems),
+                *(("notice", notice) for notice in found.notices),
             ]
         )
     if not found.healthy:

@@ -161,7 +161,11 @@ class LedgerDescription:
 
 @dataclass(frozen=True, slots=True)
 class ClusterHealth:
-    """healthy: no ledger lacks a copy and every shard can be served. problems: what is wrong, in words."""
+    """healthy: no ledger lacks a copy and every shard can be served.
+
+    problems   what is wrong, in words
+    notices    what is well enough, and could be better
+    """
 
     healthy: bool
     brokers: int
@@ -169,6 +173,7 @@ class ClusterHealth:
     under_replicated_ledgers: int
     unavailable_shards: int
     problems: tuple[str, ...]
+    notices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,11 +223,16 @@ class BookieDescription:
 
 @dataclass(frozen=True, slots=True)
 class BookieOrder:
-    """What a drain or its end changed: `changed` is False if it was so before. ledgers: that name the bookie."""
+    """What a drain or its end changed: `changed` is False if it was so before.
+
+    ledgers   that name the bookie
+    warning   what its drain costs, in words; empty: nothing
+    """
 
     id: str
     changed: bool
     ledgers: int
+    warning: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -428,7 +438,7 @@ class BookieServers(AdminCalls):
         """
         request = repair_pb2.DrainBookieRequest(bookie_id=bookie, dry_run=dry_run)
         response = await self._call("DrainBookie", request, repair_pb2.DrainBookieResponse)
-        return BookieOrder(bookie, response.changed, response.ledgers)
+        return BookieOrder(bookie, response.changed, response.ledgers, response.warning)
 
     async def undrain(self, bookie: str, *, dry_run: bool = False) -> BookieOrder:
         """Let a bookie keep what it still has, and take new ledgers again."""
@@ -455,6 +465,7 @@ class Cluster(AdminCalls):
             response.under_replicated_ledgers,
             response.unavailable_shards,
             tuple(response.problems),
+            tuple(response.notices),
         )
 
     async def repair(

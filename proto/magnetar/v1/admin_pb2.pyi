@@ -326,20 +326,22 @@ class ClusterHealthRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class ClusterHealthResponse(_message.Message):
-    __slots__ = ("healthy", "brokers", "bookies", "under_replicated_ledgers", "unavailable_shards", "problems")
+    __slots__ = ("healthy", "brokers", "bookies", "under_replicated_ledgers", "unavailable_shards", "problems", "notices")
     HEALTHY_FIELD_NUMBER: _ClassVar[int]
     BROKERS_FIELD_NUMBER: _ClassVar[int]
     BOOKIES_FIELD_NUMBER: _ClassVar[int]
     UNDER_REPLICATED_LEDGERS_FIELD_NUMBER: _ClassVar[int]
     UNAVAILABLE_SHARDS_FIELD_NUMBER: _ClassVar[int]
     PROBLEMS_FIELD_NUMBER: _ClassVar[int]
+    NOTICES_FIELD_NUMBER: _ClassVar[int]
     healthy: bool
     brokers: int
     bookies: int
     under_replicated_ledgers: int
     unavailable_shards: int
     problems: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, healthy: bool = ..., brokers: _Optional[int] = ..., bookies: _Optional[int] = ..., under_replicated_ledgers: _Optional[int] = ..., unavailable_shards: _Optional[int] = ..., problems: _Optional[_Iterable[str]] = ...) -> None: ...
+    notices: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, healthy: bool = ..., brokers: _Optional[int] = ..., bookies: _Optional[int] = ..., under_replicated_ledgers: _Optional[int] = ..., unavailable_shards: _Optional[int] = ..., problems: _Optional[_Iterable[str]] = ..., notices: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class DescribeShardRequest(_message.Message):
     __slots__ = ("topic", "shard_id", "segments", "subscriptions", "ages")

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from magnetar.v1 import metadata_pb2 as magnetar_dot_v1_dot_metadata__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18magnetar/v1/repair.proto\x12\x0bmagnetar.v1\x1a\x1amagnetar/v1/metadata.proto\"8\n\x12\x44rainBookieRequest\x12\x11\n\tbookie_id\x18\x01 \x01(\t\x12\x0f\n\x07\x64ry_run\x18\x02 \x01(\x08\"7\n\x13\x44rainBookieResponse\x12\x0f\n\x07\x63hanged\x18\x01 \x01(\x08\x12\x0f\n\x07ledgers\x18\x02 \x01(\x04\":\n\x14UndrainBookieRequest\x12\x11\n\tbookie_id\x18\x01 \x01(\t\x12\x0f\n\x07\x64ry_run\x18\x02 \x01(\x08\"9\n\x15UndrainBookieResponse\x12\x0f\n\x07\x63hanged\x18\x01 \x01(\x08\x12\x0f\n\x07ledgers\x18\x02 \x01(\x04\"?\n\x19\x44\x65\x63ommissionBookieRequest\x12\x11\n\tbookie_id\x18\x01 \x01(\t\x12\x0f\n\x07\x64ry_run\x18\x02 \x01(\x08\"\x1c\n\x1a\x44\x65\x63ommissionBookieResponse\"\x97\x01\n\x16\x43onfigureRepairRequest\x12\x14\n\x07\x65nabled\x18\x01 \x01(\x08H\x00\x88\x01\x01\x12\x14\n\x07\x64\x65lay_s\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x18\n\x0b\x62ytes_per_s\x18\x03 \x01(\x04H\x02\x88\x01\x01\x12\x0f\n\x07\x64ry_run\x18\x04 \x01(\x08\x42\n\n\x08_enabledB\n\n\x08_delay_sB\x0e\n\x0c_bytes_per_s\"\xa7\x01\n\x17\x43onfigureRepairResponse\x12-\n\x08settings\x18\x01 \x01(\x0b\x32\x1b.magnetar.v1.RepairSettings\x12*\n\x06\x63opies\x18\x02 \x03(\x0b\x32\x1a.magnetar.v1.WaitingCopies\x12\x10\n\x08problems\x18\x03 \x03(\t\x12\x1f\n\x04lost\x18\x04 \x03(\x0b\x32\x11.magnetar.v1.Loss\"Y\n\rWaitingCopies\x12\'\n\x06reason\x18\x01 \x01(\x0e\x32\x17.magnetar.v1.CopyReason\x12\x0e\n\x06\x63opies\x18\x02 \x01(\x04\x12\x0f\n\x07stalled\x18\x03 \x01(\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18magnetar/v1/repair.proto\x12\x0bmagnetar.v1\x1a\x1amagnetar/v1/metadata.proto\"8\n\x12\x44rainBookieRequest\x12\x11\n\tbookie_id\x18\x01 \x01(\t\x12\x0f\n\x07\x64ry_run\x18\x02 \x01(\x08\"H\n\x13\x44rainBookieResponse\x12\x0f\n\x07\x63hanged\x18\x01 \x01(\x08\x12\x0f\n\x07ledgers\x18\x02 \x01(\x04\x12\x0f\n\x07warning\x18\x03 \x01(\t\":\n\x14UndrainBookieRequest\x12\x11\n\tbookie_id\x18\x01 \x01(\t\x12\x0f\n\x07\x64ry_run\x18\x02 \x01(\x08\"9\n\x15UndrainBookieResponse\x12\x0f\n\x07\x63hanged\x18\x01 \x01(\x08\x12\x0f\n\x07ledgers\x18\x02 \x01(\x04\"?\n\x19\x44\x65\x63ommissionBookieRequest\x12\x11\n\tbookie_id\x18\x01 \x01(\t\x12\x0f\n\x07\x64ry_run\x18\x02 \x01(\x08\"\x1c\n\x1a\x44\x65\x63ommissionBookieResponse\"\x97\x01\n\x16\x43onfigureRepairRequest\x12\x14\n\x07\x65nabled\x18\x01 \x01(\x08H\x00\x88\x01\x01\x12\x14\n\x07\x64\x65lay_s\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x18\n\x0b\x62ytes_per_s\x18\x03 \x01(\x04H\x02\x88\x01\x01\x12\x0f\n\x07\x64ry_run\x18\x04 \x01(\x08\x42\n\n\x08_enabledB\n\n\x08_delay_sB\x0e\n\x0c_bytes_per_s\"\xa7\x01\n\x17\x43onfigureRepairResponse\x12-\n\x08settings\x18\x01 \x01(\x0b\x32\x1b.magnetar.v1.RepairSettings\x12*\n\x06\x63opies\x18\x02 \x03(\x0b\x32\x1a.magnetar.v1.WaitingCopies\x12\x10\n\x08problems\x18\x03 \x03(\t\x12\x1f\n\x04lost\x18\x04 \x03(\x0b\x32\x11.magnetar.v1.Loss\"Y\n\rWaitingCopies\x12\'\n\x06reason\x18\x01 \x01(\x0e\x32\x17.magnetar.v1.CopyReason\x12\x0e\n\x06\x63opies\x18\x02 \x01(\x04\x12\x0f\n\x07stalled\x18\x03 \x01(\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,19 +35,19 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DRAINBOOKIEREQUEST']._serialized_start=69
   _globals['_DRAINBOOKIEREQUEST']._serialized_end=125
   _globals['_DRAINBOOKIERESPONSE']._serialized_start=127
-  _globals['_DRAINBOOKIERESPONSE']._serialized_end=182
-  _globals['_UNDRAINBOOKIEREQUEST']._serialized_start=184
-  _globals['_UNDRAINBOOKIEREQUEST']._serialized_end=242
-  _globals['_UNDRAINBOOKIERESPONSE']._serialized_start=244
-  _globals['_UNDRAINBOOKIERESPONSE']._serialized_end=301
-  _globals['_DECOMMISSIONBOOKIEREQUEST']._serialized_start=303
-  _globals['_DECOMMISSIONBOOKIEREQUEST']._serialized_end=366
-  _globals['_DECOMMISSIONBOOKIERESPONSE']._serialized_start=368
-  _globals['_DECOMMISSIONBOOKIERESPONSE']._serialized_end=396
-  _globals['_CONFIGUREREPAIRREQUEST']._serialized_start=399
-  _globals['_CONFIGUREREPAIRREQUEST']._serialized_end=550
-  _globals['_CONFIGUREREPAIRRESPONSE']._serialized_start=553
-  _globals['_CONFIGUREREPAIRRESPONSE']._serialized_end=720
-  _globals['_WAITINGCOPIES']._serialized_start=722
-  _globals['_WAITINGCOPIES']._serialized_end=811
+  _globals['_DRAINBOOKIERESPONSE']._serialized_end=199
+  _globals['_UNDRAINBOOKIEREQUEST']._serialized_start=201
+  _globals['_UNDRAINBOOKIEREQUEST']._serialized_end=259
+  _globals['_UNDRAINBOOKIERESPONSE']._serialized_start=261
+  _globals['_UNDRAINBOOKIERESPONSE']._serialized_end=318
+  _globals['_DECOMMISSIONBOOKIEREQUEST']._serialized_start=320
+  _globals['_DECOMMISSIONBOOKIEREQUEST']._serialized_end=383
+  _globals['_DECOMMISSIONBOOKIERESPONSE']._serialized_start=385
+  _globals['_DECOMMISSIONBOOKIERESPONSE']._serialized_end=413
+  _globals['_CONFIGUREREPAIRREQUEST']._serialized_start=416
+  _globals['_CONFIGUREREPAIRREQUEST']._serialized_end=567
+  _globals['_CONFIGUREREPAIRRESPONSE']._serialized_start=570
+  _globals['_CONFIGUREREPAIRRESPONSE']._serialized_end=737
+  _globals['_WAITINGCOPIES']._serialized_start=739
+  _globals['_WAITINGCOPIES']._serialized_end=828
 # @@protoc_insertion_point(module_scope)

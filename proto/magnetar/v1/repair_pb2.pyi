@@ -16,12 +16,14 @@ class DrainBookieRequest(_message.Message):
     def __init__(self, bookie_id: _Optional[str] = ..., dry_run: bool = ...) -> None: ...
 
 class DrainBookieResponse(_message.Message):
-    __slots__ = ("changed", "ledgers")
+    __slots__ = ("changed", "ledgers", "warning")
     CHANGED_FIELD_NUMBER: _ClassVar[int]
     LEDGERS_FIELD_NUMBER: _ClassVar[int]
+    WARNING_FIELD_NUMBER: _ClassVar[int]
     changed: bool
     ledgers: int
-    def __init__(self, changed: bool = ..., ledgers: _Optional[int] = ...) -> None: ...
+    warning: str
+    def __init__(self, changed: bool = ..., ledgers: _Optional[int] = ..., warning: _Optional[str] = ...) -> None: ...
 
 class UndrainBookieRequest(_message.Message):
     __slots__ = ("bookie_id", "dry_run")

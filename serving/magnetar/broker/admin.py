@@ -437,6 +437,7 @@ class Admin:
             under_replicated_ledgers=len(findings.under_replicated),
             unavailable_shards=findings.unavailable_shards,
             problems=problems,
+            notices=findings.notices(),
         ).SerializeToString()
 
 

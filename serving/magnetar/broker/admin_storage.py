@@ -7,7 +7,7 @@ records. So any broker can take the order, and it survives them all.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import replace
 
 from magnetar.broker.describe import Records
@@ -21,7 +21,7 @@ from magnetar.metadata.codec import (
     encode_repair,
 )
 from magnetar.metadata.keyspace import Keyspace
-from magnetar.metadata.records import BookieState, CopyTask, Drain, RepairSettings
+from magnetar.metadata.records import BookieRegistration, BookieState, CopyTask, Drain, RepairSettings
 from magnetar.metadata.store import Compare, Delete, MetadataStore, Operation, Put, absent, exists, unchanged
 from magnetar.node.rpc import Context, Refused, invalid_argument, parse, unavailable
 from magnetar.v1 import common_pb2, metadata_pb2
@@ -32,13 +32,21 @@ DELAY_S_MAX = 7 * 24 * 3600.0
 
 
 class StorageAdmin:
-    """`write_quorum`: so many bookies must stay that take new ledgers."""
+    """write_quorum: so many bookies must stay that take new ledgers. ensemble_size: a ledger needs no more racks."""
 
-    def __init__(self, store: MetadataStore, keyspace: Keyspace, write_quorum: int, now_us: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        store: MetadataStore,
+        keyspace: Keyspace,
+        write_quorum: int,
+        ensemble_size: int,
+        now_us: Callable[[], int],
+    ) -> None:
         self._store = store
         self._keyspace = keyspace
         self._records = Records(store, keyspace)
         self._write_quorum = write_quorum
+        self._ensemble_size = ensemble_size
         self._now_us = now_us
 
     def methods(self) -> Mapping[str, Callable[[bytes, Context], Awaitable[bytes]]]:
@@ -56,7 +64,8 @@ class StorageAdmin:
         bookie, key = request.bookie_id, self._drain_key(request.bookie_id)
         await self._check_known(bookie)
         changed = await self._store.get(key) is None
-        staying = await self._writable_without(bookie)
+        registered = await self._registered()
+        staying = await self._staying(registered, bookie)
         if changed and len(staying) < self._write_quorum:
             raise refused(
                 f"too few bookies would be left that take new ledgers: start another one first bookie=`{bookie}` "
@@ -68,7 +77,8 @@ class StorageAdmin:
             for other in staying[: self._write_quorum]:
                 compares += [absent(self._keyspace.bookie_drain(other)), exists(self._keyspace.bookie(other))]
             await self._change(compares, [Put(key, encode_drain(Drain(bookie, self._now_us())))])
-        return pb.DrainBookieResponse(changed=changed, ledgers=ledgers).SerializeToString()
+        warning = self._rack_warning(registered, bookie, staying) if ledgers else ""
+        return pb.DrainBookieResponse(changed=changed, ledgers=ledgers, warning=warning).SerializeToString()
 
     async def undrain(self, data: bytes, _context: Context) -> bytes:
         request = parse(pb.UndrainBookieRequest, data)
@@ -151,16 +161,31 @@ class StorageAdmin:
             raise refused(f"there is no such bookie: see `magnetar bookies list` bookie=`{bookie}`")
         return found.mod_revision
 
-    async def _writable_without(self, bookie: str) -> list[str]:
+    async def _registered(self) -> dict[str, BookieRegistration]:
+        found = [decode_bookie(i.value) async for i in self._records.under(self._keyspace.bookies_prefix())]
+        return {one.bookie_id: one for one in found}
+
+    async def _staying(self, registered: Mapping[str, BookieRegistration], bookie: str) -> list[str]:
+        """The others that take new ledgers."""
         drained = {
             self._keyspace.parse_bookie_drain(i.key)
             async for i in self._records.under(self._keyspace.bookie_drains_prefix())
         }
-        found = [decode_bookie(i.value) async for i in self._records.under(self._keyspace.bookies_prefix())]
         return sorted(
-            one.bookie_id
-            for one in found
-            if one.state is BookieState.WRITABLE and one.bookie_id not in {*drained, bookie}
+            name
+            for name, one in registered.items()
+            if one.state is BookieState.WRITABLE and name not in {*drained, bookie}
+        )
+
+    def _rack_warning(self, registered: Mapping[str, BookieRegistration], bookie: str, staying: Collection[str]) -> str:
+        """What its drain costs if its ledgers lose their copies in its rack, and other racks do not make up for it."""
+        racks = {registered[name].rack for name in staying}
+        if bookie not in registered or registered[bookie].rack in racks or len(racks) >= self._ensemble_size:
+            return ""
+        rack = registered[bookie].rack
+        return (
+            f"{bookie} is the only bookie {f'of rack {rack}' if rack else 'without a rack'} that takes copies: its "
+            "ledgers lose this rack; when it has a bookie again, `magnetar rebalance plan` says what wins it back"
         )
 
     async def _count_ledgers(self, bookie: str) -> int:

@@ -188,7 +188,7 @@ class Broker:
         self.peers = peers
         self._members = Members(store, keyspace)
         self._make_movers(store, keyspace, now_us, rng)
-        self._storage = StorageAdmin(store, keyspace, settings.write_quorum, now_us)
+        self._storage = StorageAdmin(store, keyspace, settings.write_quorum, settings.ensemble_size, now_us)
         self._leaving = LeavingBookies(store, keyspace)
         self._admin = Admin(self, store, keyspace, bookies, now_us, rng)
         orders = Orders(store, keyspace, now_us=now_us, rng=rng)

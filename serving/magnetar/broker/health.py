@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
+from magnetar.ledger.placement import lacks_racks
 from magnetar.metadata.records import (
     VACANT,
     BookieRegistration,
@@ -44,6 +45,12 @@ class Findings:
     unreadable: dict[int, set[int]] = field(default_factory=dict)
     halted: dict[int, set[str]] = field(default_factory=dict)
     """Shards whose open ledger takes nothing, and the bookies that it misses."""
+    lacking_racks: int = 0
+    """Closed ledgers that stand in fewer racks than they could."""
+    _racks: dict[str, str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._racks = {b.bookie_id: b.rack for b in self.bookies.values() if b.state is not BookieState.DRAINING}
 
     def ledger(self, record: LedgerRecord) -> None:
         missing = {bookie for bookie in record.bookies() if bookie not in self.bookies}
@@ -58,6 +65,7 @@ class Findings:
         living = sum(bookie in self.bookies for bookie in members)
         if record.state is LedgerState.OPEN and living < record.ack_quorum:
             self.halted.setdefault(record.shard_id, set()).update({*members} - {VACANT} - {*self.bookies})
+        self.lacking_racks += record.state is LedgerState.CLOSED and lacks_racks(record, self._racks)
 
     def copy(self, task: CopyTask) -> None:
         bookie = self.bookies.get(task.place)
@@ -85,6 +93,15 @@ class Findings:
                 "start it again"
                 for broker, shards in sorted(self.orphans.items())
             ),
+        ]
+
+    def notices(self) -> list[str]:
+        """What is well enough, and could be better, in words, each with what to do about it."""
+        if not self.lacking_racks:
+            return []
+        return [
+            f"{self.lacking_racks} closed ledgers stand in fewer racks than they could: `magnetar rebalance plan` "
+            "says what wins them back"
         ]
 
     def _bookie_problems(self, ensemble_size: int) -> list[str]:
