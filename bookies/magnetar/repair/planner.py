@@ -32,7 +32,7 @@ Rules of every plan:
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from magnetar.ledger.placement import is_eligible
 from magnetar.metadata.records import VACANT, BookieRegistration, BookieState, Goal, LedgerRecord, LedgerState, Move
@@ -114,6 +114,16 @@ def plan(
     max_bytes   all moves together are at most so large
     shards      only ledgers of these shards move; what is even is still judged by all ledgers
     """
+    found = _plan(snapshot, goal, max_bytes, shards, tolerance)
+    if max_bytes is None or found.moves or found.skew_after <= tolerance:
+        return found
+    sizes = [move.size_bytes for move in _plan(snapshot, goal, None, shards, tolerance).moves]
+    return replace(found, notes=(*found.notes[:-1], _too_large(max_bytes, min(sizes)))) if sizes else found
+
+
+def _plan(
+    snapshot: Snapshot, goal: Goal, max_bytes: int | None, shards: Collection[int] | None, tolerance: float
+) -> Plan:
     balance = _Balance(snapshot, goal, tolerance)
     movable = [record for record in snapshot.ledgers if _is_movable(snapshot, record)]
     wanted = [record for record in movable if shards is None or record.shard_id in shards]
@@ -131,6 +141,13 @@ def plan(
         skew_before,
         balance.skew(),
         tuple(_notes(snapshot, balance, len(snapshot.ledgers) - len(movable), len(moves), tolerance)),
+    )
+
+
+def _too_large(max_bytes: int, smallest_bytes: int) -> str:
+    return (
+        "--max-bytes is less than any segment that would move: allow at least the smallest of them "
+        f"max_bytes=`{max_bytes}` smallest_bytes=`{smallest_bytes}`"
     )
 
 

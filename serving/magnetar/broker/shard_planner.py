@@ -26,7 +26,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from magnetar.broker.balancer import BrokerLoad, Levels, weights_of
+from magnetar.broker.balancer import WORTH_BYTES_PER_S, BrokerLoad, Levels, weights_of
 from magnetar.broker.loads import ShardLoad
 from magnetar.metadata.records import Move, Owner
 from magnetar.repair.planner import MOVES_MAX, OBJECTIONS_MAX
@@ -173,6 +173,11 @@ def _notes(snapshot: Snapshot, loads: Levels, numbers: Levels, counted: Collecti
     busy = sum(shard_id in snapshot.busy for shard_id in counted)
     if busy:
         yield f"{busy} shards are left where they are: another rebalancing moves them"
+    if len(loads.loads) > 1 and counted and not loads.weights and not moves:
+        yield (
+            f"less than {WORTH_BYTES_PER_S / 1000:g} kB/s is published in the cluster, too little to judge loads "
+            "by: only the numbers of shards are made even"
+        )
     if moves >= MOVES_MAX:
         yield f"a plan has at most {MOVES_MAX:,} moves: plan again when they are done"
     elif _skew(loads, numbers) > TRIGGER:
