@@ -95,7 +95,7 @@ def test_shards_of_a_broker_that_is_gone_are_not_counted() -> None:
     before = snapshot({"a": [0.0] * 2, "b": [0.0] * 2, "dead": [0.0] * 9})
     found = plan(replace(before, sessions={"a": 1, "b": 1}))
     assert (found.moves, len(found.notes)) == ((), 2)
-    assert "9 shards have no living owner" in found.notes[0]
+    assert "9 shards without a living owner" in found.notes[0]
 
 
 def test_a_cluster_too_quiet_for_its_loads_to_be_judged_says_so() -> None:
