@@ -120,13 +120,13 @@ def test_a_plan_is_saved_applied_watched_verified_and_taken_back(cluster: Any, t
 
 
 def test_an_operation_is_throttled_paused_resumed_and_cancelled(cluster: Any) -> None:
-    name = asked(cluster, "rebalance", "apply", "--throttle", "10kB/s")["operation"]
-    assert asked(cluster, "rebalance", "throttle", "20kB/s", "--dry-run")["throttle"] == 10_000
-    assert asked(cluster, "rebalance", "throttle", "20kB/s")["throttle"] == 20_000
+    name = asked(cluster, "rebalance", "apply", "--throttle", "1kB/s")["operation"]
+    assert asked(cluster, "rebalance", "throttle", "2kB/s", "--dry-run")["throttle"] == 1_000
+    assert asked(cluster, "rebalance", "throttle", "2kB/s")["throttle"] == 2_000
     assert asked(cluster, "rebalance", "pause")["state"] == "PAUSED"
     shown = cluster.call("rebalance", "status").out
     assert "state       PAUSED" in shown
-    assert "throttle    20.0 kB/s" in shown
+    assert "throttle    2.0 kB/s" in shown
     assert cluster.call("rebalance", "rollback", name).is_refused(1, "has not ended: cancel it first")
     assert asked(cluster, "rebalance", "resume", name)["state"] == "RUNNING"
     assert asked(cluster, "rebalance", "cancel")["state"] in ("CANCELLING", "CANCELLED")
