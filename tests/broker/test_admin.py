@@ -418,7 +418,7 @@ async def test_health_counts_shards_whose_owner_is_gone(
     await broker.ownership.close()
     found = await health(connect(observer))
     assert (found.healthy, found.brokers, found.unavailable_shards) == (False, 1, 1)
-    assert any("broker broker0 has no session and owns 1 shards" in problem for problem in found.problems)
+    assert any("broker broker0 has no session and owns 1 shard:" in problem for problem in found.problems)
 
 
 @pytest.mark.parametrize("method", ["DescribeTopic", "DeleteTopic", "ListSubscriptions"])

@@ -213,4 +213,5 @@ async def test_repair_tells_what_waits_and_why(world: World) -> None:
         metadata_pb2.COPY_REASON_UNREPLICATED: (1, 0),
     }
     assert list(told.problems) == ["ledger 2, the part of a: no bookie can take it"]
+    assert dict(told.stalled_bookies) == {"a": "ledger 2, the part of a: no bookie can take it"}
     assert [(one.bookie_id, one.since_us, one.given_up) for one in told.lost] == [("a", 3, True)]

@@ -94,8 +94,15 @@ def test_only_shards_of_the_topic_move_and_none_that_another_operation_moves() -
 def test_shards_of_a_broker_that_is_gone_are_not_counted() -> None:
     before = snapshot({"a": [0.0] * 2, "b": [0.0] * 2, "dead": [0.0] * 9})
     found = plan(replace(before, sessions={"a": 1, "b": 1}))
-    assert (found.moves, len(found.notes)) == ((), 1)
-    assert "9 shards have no living owner" in found.notes[0]
+    assert (found.moves, len(found.notes)) == ((), 2)
+    assert "9 shards without a living owner" in found.notes[0]
+
+
+def test_a_cluster_too_quiet_for_its_loads_to_be_judged_says_so() -> None:
+    found = plan(snapshot({"a": [0.05], "b": [0.0]}))
+    assert (found.moves, found.notes) == ((), found.notes[:1])
+    assert "less than 100 kB/s is published" in found.notes[0]
+    assert plan(snapshot({"a": [1.0], "b": [1.0]})).notes == ()
 
 
 CLUSTERS = st.dictionaries(

@@ -386,9 +386,21 @@ def test_a_server_that_takes_connections_and_says_nothing_is_given_up(magnetar: 
         assert time.monotonic() - begin < 10
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "bookies drain", "bookies undrain", "bookies decommission", "brokers drain", "brokers undrain",
+        "rebalance status", "rebalance pause", "rebalance resume", "rebalance cancel", "rebalance rollback",
+        "rebalance verify", "rebalance throttle 1MB/s",
+    ],
+)  # fmt: skip
+def test_an_order_about_what_does_not_exist_is_an_error_that_says_where_to_look(cluster: Any, words: str) -> None:
+    assert cluster.call(*words.split(), "nope").is_refused(1, "there is no such", "nope")
+
+
 def test_a_broker_that_nobody_could_relieve_is_not_drained(cluster: Any) -> None:
-    assert cluster.call("brokers", "drain", "broker0", "--wait").is_refused(2, "no other broker", "start one")
-    assert cluster.call("brokers", "drain", "broker9", "--dry-run").is_refused(2, "no such broker", "broker0")
+    assert cluster.call("brokers", "drain", "broker0", "--wait").is_refused(1, "no other broker", "start one")
+    assert cluster.call("brokers", "drain", "broker9", "--dry-run").is_refused(1, "no such broker", "broker0")
     assert asked(cluster, "brokers", "undrain", "broker0", "--dry-run") == {
         "broker": "broker0", "was_draining": False, "dry_run": True,
     }  # fmt: skip

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from magnetar.cli.rebalance import _as_json
+from magnetar.cli.rebalance_shown import left_out
+from magnetar.client import RebalanceMove, RebalanceOperation
 
 TOPICS = 8
 RATE = "200MB/s"
@@ -48,10 +54,10 @@ def asked(cluster: Any, *arguments: object, code: int = 0) -> Any:
     return json.loads(ran.out)
 
 
-def ended(cluster: Any, operation: str) -> Any:
+def ended(cluster: Any, operation: str, code: int = 0) -> Any:
     """The last line of watching an operation."""
     ran = cluster.call("rebalance", "status", operation, "--watch", "--output", "json")
-    assert ran.code == 0, ran.err
+    assert ran.code == code, ran.err
     return json.loads(ran.out.splitlines()[-1])
 
 
@@ -85,7 +91,7 @@ def test_a_plan_is_saved_applied_watched_verified_and_taken_back(cluster: Any, t
     done = ended(cluster, "rebalance-1")
     assert (done["state"], done["percent"], done["moves_done"], done["bytes_remaining"]) == ("DONE", 100.0, 6, 0)
     assert {one["bookie"]: one["bytes_in_done"] for one in done["bookies"]}["bookie3"] == done["bytes"]
-    assert done["problems"] == []
+    assert (done["problems"], done["rate_bytes_per_s"] > 0, "rate" in done) == ([], True, False)
 
     assert cluster.call("rebalance", "apply", saved).is_refused(
         1, "the plan holds no more, plan again", "it was changed"
@@ -95,6 +101,7 @@ def test_a_plan_is_saved_applied_watched_verified_and_taken_back(cluster: Any, t
     saved.write_text(nothing.out)
     for applied in (cluster.call("rebalance", "apply"), cluster.call("rebalance", "apply", saved)):
         assert (applied.code, "there is nothing to move" in applied.err) == (0, True)
+    assert asked(cluster, "rebalance", "apply") == {"operation": None, "moves": 0, "notes": [], "dry_run": False}
 
     verified = asked(cluster, "rebalance", "verify")
     assert (verified["operation"], verified["ledgers"], verified["problems"]) == ("rebalance-1", 6, [])
@@ -113,17 +120,21 @@ def test_a_plan_is_saved_applied_watched_verified_and_taken_back(cluster: Any, t
 
 
 def test_an_operation_is_throttled_paused_resumed_and_cancelled(cluster: Any) -> None:
-    name = asked(cluster, "rebalance", "apply", "--throttle", "10kB/s")["operation"]
-    assert asked(cluster, "rebalance", "throttle", "20kB/s", "--dry-run")["throttle"] == 10_000
-    assert asked(cluster, "rebalance", "throttle", "20kB/s")["throttle"] == 20_000
+    name = asked(cluster, "rebalance", "apply", "--throttle", "1kB/s")["operation"]
+    assert asked(cluster, "rebalance", "throttle", "2kB/s", "--dry-run")["throttle"] == 1_000
+    assert asked(cluster, "rebalance", "throttle", "2kB/s")["throttle"] == 2_000
     assert asked(cluster, "rebalance", "pause")["state"] == "PAUSED"
     shown = cluster.call("rebalance", "status").out
     assert "state       PAUSED" in shown
-    assert "throttle    20.0 kB/s" in shown
+    assert "throttle    2.0 kB/s" in shown
     assert cluster.call("rebalance", "rollback", name).is_refused(1, "has not ended: cancel it first")
     assert asked(cluster, "rebalance", "resume", name)["state"] == "RUNNING"
     assert asked(cluster, "rebalance", "cancel")["state"] in ("CANCELLING", "CANCELLED")
-    assert ended(cluster, name)["state"] == "CANCELLED"
+    assert ended(cluster, name, code=1)["state"] == "CANCELLED"
+    watched = cluster.call("rebalance", "status", name, "--watch")
+    assert watched.code == 1
+    assert f"magnetar: {name} was cancelled" in watched.err
+    assert "plan again with `magnetar rebalance plan --goal bytes`" in watched.err
     assert cluster.call("rebalance", "pause", name).is_refused(1, "the operation is cancelled")
     assert cluster.call("rebalance", "resume").is_refused(1, "no operation goes on")
 
@@ -150,3 +161,24 @@ def test_bad_input_is_refused_with_what_to_do(cluster: Any, tmp_path: Path) -> N
     assert cluster.call("rebalance", "status", "rebalance-99").is_refused(1, "there is no such operation")
     assert cluster.call("rebalance", "plan", "--topic", "nobody").is_refused(1, "nobody")
     assert cluster.call("ledgers", "verify", 999).is_refused(1, "there is no closed ledger of this id")
+
+
+def test_what_an_operation_left_out_is_said_with_the_reasons_and_the_next_step() -> None:
+    at = datetime(2026, 1, 1, tzinfo=UTC)
+    move = RebalanceMove(7, "a", "b", 10, "SKIPPED", "it was trimmed or deleted")
+    found = RebalanceOperation(
+        operation="rebalance-3", goal="bytes", state="DONE", throttle=1, percent=100.0, moves=4, moves_done=2,
+        moves_skipped=2, bytes=40, bytes_done=20, bytes_skipped=20, bytes_remaining=0, rate=5, eta_s=None, problems=(),
+        revision=1, rollback_of="", created=at, updated=at, ended=at, skipped=(move, move),
+    )  # fmt: skip
+    assert left_out(found) == (
+        "rebalance-3 left out 2 of 4 segments (it was trimmed or deleted): "
+        "plan again with `magnetar rebalance plan --goal bytes`"
+    )
+    assert left_out(replace(found, moves_skipped=0)) == ""
+    shown = _as_json(found)
+    assert shown["skipped"][0] == {
+        "ledger": 7, "from": "a", "to": "b", "bytes": 10, "reason": "it was trimmed or deleted",
+    }  # fmt: skip
+    assert (shown["rate_bytes_per_s"], "rate" in shown) == (5, False)
+    assert _as_json(replace(found, goal="brokers"))["rate_shards_per_s"] == 5

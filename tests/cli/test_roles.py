@@ -241,7 +241,8 @@ def test_a_port_in_use_is_named(roles: Roles, metadata: dict[str, Any], tmp_path
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         ports = (f"listen={address}", "http_listen=127.0.0.1:0")
         words = (address, "cannot listen", "choose another")
-        assert roles.refused("metadata", data_dir, *ports, words=words)
+        assert roles.refused("metadata", f"data_dir={tmp_path / 'unmade'}", *ports, words=words)
+        assert not (tmp_path / "unmade").exists()
         assert roles.refused("broker", "id=b", metadata["url"], *ports, words=words)
         assert roles.refused("bookie", "id=b", data_dir, metadata["url"], *ports, words=words)
         assert roles.refused("broker", "id=b", metadata["url"], f"http_listen={address}", words=words)

@@ -98,6 +98,9 @@ def test_what_is_required_is_said_with_all_ways_to_give_it() -> None:
         ("id=", "letters, digits"),
         ("id=" + "x" * 250, "249"),
         ("segment_bytes=many", "whole number"),
+        ("segment_bytes=2Mibble", "such as 64MiB"),
+        ("segment_bytes=" + "9" * 400 + "MB", "such as 64MiB"),
+        ("segment_bytes=1kB", "at least 65536"),
         ("segment_bytes=1.5", "whole number"),
         ("segment_bytes=1", "at least 65536"),
         ("lease_s=soon", "must be a number"),
@@ -125,6 +128,18 @@ def test_a_value_that_does_not_fit_is_refused_with_what_would(assignment: str, w
     if not assignment.startswith("ack_quorum"):
         assert message.startswith(assignment.partition("=")[0])
         assert "from=`--set`" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "size_bytes"),
+    [("2MiB", 2 << 20), ("10MB", 10_000_000), ("1GB", 10**9), ("1.5 GiB", 3 << 29), ("65536", 65_536)],
+)
+def test_a_size_may_have_a_unit(tmp_path: Path, text: str, size_bytes: int) -> None:
+    assert load("broker", "id=b", f"segment_bytes={text}").settings.segment_bytes == size_bytes
+    assert load("broker", "id=b", MAGNETAR_BROKER__SEGMENT_BYTES=text).settings.segment_bytes == size_bytes
+    (tmp_path / "broker.toml").write_text(f'id = "b"\nsegment_bytes = "{text}"\ncache_bytes = 1048576\n')
+    settings = load("broker", file=tmp_path / "broker.toml").settings
+    assert (settings.segment_bytes, settings.cache_bytes) == (size_bytes, 1 << 20)
 
 
 def test_a_directory_has_a_name_and_its_home_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -136,6 +136,15 @@ def test_a_budget_of_bytes_is_kept() -> None:
     assert any("plan again" in note for note in found.notes)
 
 
+def test_a_budget_below_the_smallest_segment_that_would_move_says_so_and_how_much_it_wants() -> None:
+    limit = (64 << 20) - 1
+    found = plan(three_filled_and_one_empty(), max_bytes=limit)
+    assert (found.moves, found.skew_before, found.skew_after) == ((), 1.0, 1.0)
+    [note] = found.notes
+    assert note.endswith(f"max_bytes=`{limit}` smallest_bytes=`{64 << 20}`")
+    assert len(plan(three_filled_and_one_empty(), max_bytes=64 << 20).moves) == 1
+
+
 def test_only_ledgers_of_the_topics_shards_move() -> None:
     ledgers = [ledger(n, "abc", shard_id=1 + n % 2) for n in range(1, 401)]
     found = plan(snapshot(bookies_abcd(), ledgers), shards={2})

@@ -226,7 +226,7 @@ def _gone(target: str, observed: Observed) -> str:
 def _waits(target: str, observed: Observed) -> str:
     """Why nothing new can begin at the target now, in words; empty if it can."""
     if not observed.enabled:
-        return "copies are switched off in the cluster"
+        return "repair is switched off, and no copy is begun: `magnetar cluster repair --on`"
     bookie = observed.snapshot.bookies.get(target)
     if bookie is None:
         return f"{target} has no session: its moves wait for it"

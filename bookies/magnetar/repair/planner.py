@@ -38,7 +38,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from magnetar.ledger.placement import is_eligible, lacks_racks
 from magnetar.metadata.records import VACANT, BookieRegistration, BookieState, Goal, LedgerRecord, LedgerState, Move
@@ -122,6 +122,16 @@ def plan(
     max_bytes   all moves together are at most so large
     shards      only ledgers of these shards move; what is even is still judged by all ledgers
     """
+    found = _plan(snapshot, goal, max_bytes, shards, tolerance)
+    if max_bytes is None or found.moves or found.skew_after <= tolerance:
+        return found
+    sizes = [move.size_bytes for move in _plan(snapshot, goal, None, shards, tolerance).moves]
+    return replace(found, notes=(*found.notes[:-1], _too_large(max_bytes, min(sizes)))) if sizes else found
+
+
+def _plan(
+    snapshot: Snapshot, goal: Goal, max_bytes: int | None, shards: Collection[int] | None, tolerance: float
+) -> Plan:
     balance = _Balance(snapshot, goal, tolerance, max_bytes)
     movable = [record for record in snapshot.ledgers if _is_movable(snapshot, record)]
     wanted = [record for record in movable if shards is None or record.shard_id in shards]
@@ -141,6 +151,13 @@ def plan(
         skew_before,
         balance.skew(),
         (*notes, *_limits(balance, tolerance)),
+    )
+
+
+def _too_large(max_bytes: int, smallest_bytes: int) -> str:
+    return (
+        "--max-bytes is less than any segment that would move: allow at least the smallest of them "
+        f"max_bytes=`{max_bytes}` smallest_bytes=`{smallest_bytes}`"
     )
 
 

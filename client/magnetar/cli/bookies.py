@@ -21,8 +21,9 @@ from magnetar.cli.command import (
     TimeoutOption,
     run_with_client,
     show_list,
+    until_answered,
 )
-from magnetar.cli.output import Size, emit_json, human_seconds, note, plain
+from magnetar.cli.output import Size, emit_json, human_seconds, note, number_of, plain
 
 if TYPE_CHECKING:
     from magnetar.client import BookieDescription, BookieOrder, Client, RepairStatus
@@ -88,35 +89,30 @@ def drain(
     if output is Output.json:
         emit_json({**plain(order), "dry_run": dry_run})
     elif dry_run:
-        note(f"{order.ledgers:,} ledgers would move off {bookie}")
+        note(f"{number_of(order.ledgers, 'ledger')} would move off {bookie}")
     elif order.ledgers:
-        note(f"{order.ledgers:,} ledgers are to move off {bookie}: see `magnetar bookies list`")
+        note(f"{number_of(order.ledgers, 'ledger')} to move off {bookie}: see `magnetar bookies list`")
     else:
         note(f"no ledger names {bookie}: stop it, then `magnetar bookies decommission {bookie}`, or keep it as a spare")
 
 
 async def _wait_until_empty(client: Client, bookie: str) -> None:
     """Progress on stderr. A bookie that cannot be emptied is said once a problem is known."""
-    from magnetar.client import RetriableError
-
     start, most = time.monotonic(), 0
     told = ""
     while True:
-        try:
-            found = next((one for one in await client.admin.bookies.list() if one.id == bookie), None)
-            left = 0 if found is None else found.ledgers
-            if found is not None and left and not found.draining:
-                raise CommandFailed(f"{bookie} is not drained any more, and {left:,} ledgers name it")
-            problem = _problem(bookie, await client.admin.cluster.repair())
-        except RetriableError as error:
-            note(f"waiting for the cluster: {error}")
-        else:
-            if not left:
-                if sys.stderr.isatty():
-                    note("")
-                return
-            most = max(most, left)
-            told = _tell(told, _progress(most, left, time.monotonic() - start), problem)
+        known = await until_answered(client.admin.bookies.list)
+        found = next((one for one in known if one.id == bookie), None)
+        left = 0 if found is None else found.ledgers
+        if not left:
+            if sys.stderr.isatty():
+                note("")
+            return
+        if found is not None and not found.draining:
+            raise CommandFailed(f"{bookie} is not drained any more, and {number_of(left, 'ledger')} still on it")
+        problem = _problem(bookie, await until_answered(client.admin.cluster.repair))
+        most = max(most, left)
+        told = _tell(told, _progress(most, left, time.monotonic() - start), problem)
         await asyncio.sleep(POLL_S)
 
 
@@ -124,13 +120,13 @@ def _problem(bookie: str, repair: RepairStatus) -> str:
     """Why what stands on it does not move, as far as that is known."""
     if not repair.enabled:
         return "repair is switched off, and no copy is begun: `magnetar cluster repair --on`"
-    return next((text for text in repair.problems if f" {bookie}:" in text), "")
+    return repair.stalled_bookies.get(bookie, "")
 
 
 def _progress(most: int, left: int, elapsed_s: float) -> str:
     moved = most - left
     ending = f", about {human_seconds(elapsed_s / moved * left)} to go" if moved else ""
-    return f"{100 * moved // most} %, {left:,} of {most:,} ledgers left{ending}"
+    return f"{100 * moved // most} %, {left:,} of {number_of(most, 'ledger')} left{ending}"
 
 
 def _tell(told: str, progress: str, problem: str) -> str:
@@ -163,7 +159,7 @@ def undrain(
     elif not order.changed:
         note(f"{bookie} was not draining")
     else:
-        note(f"{bookie} {'would keep' if dry_run else 'keeps'} {order.ledgers:,} ledgers")
+        note(f"{bookie} {'would keep' if dry_run else 'keeps'} {number_of(order.ledgers, 'ledger')}")
 
 
 @app.command()

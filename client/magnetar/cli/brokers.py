@@ -22,8 +22,9 @@ from magnetar.cli.command import (
     TimeoutOption,
     run_with_client,
     show_list,
+    until_answered,
 )
-from magnetar.cli.output import emit_json, note, plain
+from magnetar.cli.output import emit_json, note, number_of, plain
 
 if TYPE_CHECKING:
     from magnetar.client import BrokerDrain, Client
@@ -79,8 +80,9 @@ def drain(
         return
     to = ", ".join(f"{shards} to {target}" for target, shards in drained.targets.items())
     to = f": {to}" if to else ""
-    done = "would be" if dry_run else "were" if wait else "are being"
-    note(f"{broker} {'would be' if dry_run else 'is'} DRAINING: {drained.shards} shards {done} handed over{to}")
+    done = "handed" if wait and not dry_run else "to be handed"
+    shards = number_of(drained.shards, "shard")
+    note(f"{broker} {'would be' if dry_run else 'is'} DRAINING: {shards} {done} over{to}")
 
 
 @app.command()
@@ -112,7 +114,10 @@ async def _until_drained(client: Client, drained: BrokerDrain, timeout: float) -
     with _bar(drained) as show:
         while left:
             await asyncio.sleep(POLL_S)
-            found = next((one for one in await client.admin.brokers.list() if one.id == drained.broker), None)
+            asked_at = loop.time()
+            living = await until_answered(client.admin.brokers.list)
+            moved_at += loop.time() - asked_at  # Silence is no standstill.
+            found = next((one for one in living if one.id == drained.broker), None)
             if found is None:
                 raise CommandFailed(f"{drained.broker} is gone: others claim what it had left when its session ends")
             if found.shards and found.state == "SERVING":
@@ -122,8 +127,8 @@ async def _until_drained(client: Client, drained: BrokerDrain, timeout: float) -
                 show(left)
             elif loop.time() - moved_at > timeout:
                 raise CommandFailed(
-                    f"{drained.broker} has {left} shards, and none was handed over for {timeout:g} s: it goes on "
-                    "trying, and its log says why",
+                    f"{drained.broker} has {number_of(left, 'shard')}, and none was handed over for {timeout:g} s: "
+                    "it goes on trying, and its log says why",
                     EXIT_TIMEOUT,
                 )
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
 
-from magnetar.cli.output import emit_json, emit_table, plain
+from magnetar.cli.output import emit_json, emit_table, note, plain
 
 if TYPE_CHECKING:
     from magnetar.client import Client
@@ -33,6 +33,9 @@ DEFAULT_TIMEOUT_S = 30.0
 REFUSED_GRACE_S = 2.0
 """How long a server may refuse connections, as one that restarts does, before the command says that none is there."""
 CONNECT_PAUSE_S = 0.1
+UNANSWERED_S = 300.0
+"""How long somebody who watches long work waits for a cluster that does not answer."""
+UNANSWERED_PAUSE_S = 1.0
 
 T = TypeVar("T")
 
@@ -135,6 +138,30 @@ def run_with_client(server: str, timeout: float, body: Callable[[Client], Awaita
             return await body(client)
 
     return run(main())
+
+
+async def until_answered(ask: Callable[[], Awaitable[T]]) -> T:
+    """What it returns: while the cluster cannot answer, as when it elects, it is asked again, for UNANSWERED_S.
+
+    Raises CommandFailed after that; what was ordered goes on in the cluster.
+    """
+    from magnetar.client import RetriableError
+
+    start, told = time.monotonic(), ""
+    while True:
+        try:
+            return await ask()
+        except RetriableError as error:
+            if time.monotonic() - start >= UNANSWERED_S:
+                raise CommandFailed(
+                    f"the cluster has not answered for {UNANSWERED_S:g} s; what was ordered stands, look again later: "
+                    f"{error}",
+                    EXIT_TIMEOUT,
+                ) from None
+            if str(error) != told:
+                told = str(error)
+                note(f"waiting for the cluster: {told}")
+        await asyncio.sleep(UNANSWERED_PAUSE_S)
 
 
 def show_list(

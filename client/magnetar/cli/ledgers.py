@@ -19,6 +19,7 @@ from magnetar.cli.command import (
     show_list,
 )
 from magnetar.cli.output import Size, emit_facts, emit_json, emit_table, plain
+from magnetar.cli.rebalance_shown import compared
 
 if TYPE_CHECKING:
     from magnetar.client import Client, LedgerDescription, LedgerVerification
@@ -100,7 +101,7 @@ def verify(
         emit_facts(
             [
                 ("ledger", str(found.ledger)),
-                ("compared", f"{found.copies:,} copies of {found.entries:,} entries"),
+                ("compared", compared(found)),
                 ("bytes", f"{Size(found.bytes)}, of all copies"),
                 ("bookies", _bookies(found.bookies)),
                 ("problems", len(found.problems)),

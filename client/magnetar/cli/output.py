@@ -58,6 +58,11 @@ class Size:
         return human_bytes(self.size_bytes)
 
 
+def number_of(number: int, one: str, many: str = "") -> str:
+    """1, "ledger" -> "1 ledger"; 2 -> "2 ledgers", or what `many` says."""
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
+
+
 def human_bytes(size_bytes: int) -> str:
     """1536 -> "1.5 KiB"."""
     if size_bytes < 1024:

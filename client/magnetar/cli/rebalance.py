@@ -7,8 +7,9 @@ import enum
 import sys
 from collections.abc import Awaitable, Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -26,6 +27,7 @@ from magnetar.cli.command import (
     ServerOption,
     TimeoutOption,
     run_with_client,
+    until_answered,
 )
 from magnetar.cli.output import emit_json, note, plain
 from magnetar.cli.quantities import human_rate, parse_rate, parse_size
@@ -126,20 +128,21 @@ def apply(
     _check_bytes(goal, throttle, max_bytes)
     saved = None if file is None else _read_plan(file)
 
-    async def body(client: Client) -> RebalanceOperation | None:
+    async def body(client: Client) -> RebalanceOperation | tuple[str, ...]:
+        """The operation; without a move, the notes of the plan."""
         rebalance = client.admin.rebalance
         wanted = saved or await rebalance.plan(goal=goal.value, max_bytes=max_bytes, topic=topic)
         if not wanted.moves:
-            return None
+            return wanted.notes
         return await rebalance.apply(wanted, throttle=throttle, dry_run=dry_run)
 
     begun = run_with_client(server, timeout, body)
-    if begun is not None:
+    if not isinstance(begun, tuple):
         _show_begun(begun, dry_run, output)
     elif output is Output.json:
-        emit_json(None)
+        emit_json({"operation": None, "moves": 0, "notes": list(begun), "dry_run": dry_run})
     else:
-        note("there is nothing to move")
+        note("; ".join(("there is nothing to move", *begun)))
 
 
 def _check_bytes(goal: Goal, throttle: int | None, max_bytes: int | None) -> None:
@@ -168,9 +171,17 @@ def _read_plan(file: Path) -> RebalancePlan:
 
 def _show_begun(begun: RebalanceOperation, dry_run: bool, output: Output) -> None:
     if output is Output.json:
-        emit_json({**plain(begun), "dry_run": dry_run})
+        emit_json({**_as_json(begun), "dry_run": dry_run})
     else:
         shown.show_begun(begun, dry_run)
+
+
+def _as_json(found: RebalanceOperation) -> dict[str, Any]:
+    """The documented JSON: its rate has a unit, and moves are named as in plans, with why they were skipped."""
+    rate = "rate_shards_per_s" if found.of_brokers else "rate_bytes_per_s"
+    skipped = [{**move.as_json(), "reason": move.reason} for move in found.skipped]
+    fields = {**plain(found), "skipped": skipped}
+    return {rate if name == "rate" else name: value for name, value in fields.items()}
 
 
 # Progress.
@@ -185,7 +196,10 @@ def status(
     server: ServerOption = DEFAULT_SERVER,
     timeout: TimeoutOption = DEFAULT_TIMEOUT_S,
 ) -> None:
-    """Shows how far an operation is: percent, rate, time left, each node, and why it does not go on if so."""
+    """Shows how far an operation is: percent, rate, time left, each node, and why it does not go on if so.
+
+    With --watch the exit code is 1 if it was cancelled, or left something out.
+    """
     if every:
         if watch or operation is not None:
             raise CommandFailed("--all shows every operation: leave its id and --watch out", EXIT_USAGE)
@@ -198,9 +212,11 @@ def status(
 
     found = run_with_client(server, timeout, body)
     if output is Output.json:
-        emit_json(plain(found))
+        emit_json(_as_json(found))
     else:
         shown.show_status(found)
+    if watch and (left_out := shown.left_out(found)):
+        raise CommandFailed(left_out)
 
 
 def _list(output: Output, server: str, timeout: float) -> None:
@@ -209,7 +225,7 @@ def _list(output: Output, server: str, timeout: float) -> None:
 
     found = run_with_client(server, timeout, body)
     if output is Output.json:
-        emit_json(plain(found))
+        emit_json([_as_json(one) for one in found])
         return
     shown.show_operations(found)
 
@@ -221,13 +237,13 @@ async def _follow(client: Client, found: RebalanceOperation, output: Output) -> 
         while found.ended is None:
             progress.show(found, write)
             await asyncio.sleep(WATCH_S)
-            found = await client.admin.rebalance.status(found.operation)
+            found = await until_answered(partial(client.admin.rebalance.status, found.operation))
         progress.show(found, write)
     return found
 
 
 def _write_json(found: RebalanceOperation) -> None:
-    emit_json(plain(found))
+    emit_json(_as_json(found))
     sys.stdout.flush()
 
 
@@ -302,7 +318,7 @@ def _order(
 
     changed = run_with_client(server, timeout, body)
     if output is Output.json:
-        emit_json({**plain(changed), "dry_run": dry_run})
+        emit_json({**_as_json(changed), "dry_run": dry_run})
     else:
         note(f"{changed.operation} {'would change: it ' if dry_run else ''}{said}")
 

@@ -8,13 +8,14 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-from magnetar.cli.output import Size, emit_facts, emit_table, human_bytes, human_seconds, note
+from magnetar.cli.output import Size, emit_facts, emit_table, human_bytes, human_seconds, note, number_of
 from magnetar.cli.quantities import human_rate
 
 if TYPE_CHECKING:
     from magnetar.client import LedgerVerification, RebalanceOperation, RebalancePlan, RebalanceVerification
 
 PROBLEMS_SHOWN_MAX = 20
+REASONS_SHOWN_MAX = 3
 
 
 # Plans.
@@ -23,10 +24,10 @@ PROBLEMS_SHOWN_MAX = 20
 def show_plan(found: RebalancePlan, throttle: int, moves: bool) -> None:
     """`moves`: one by one too."""
     if found.of_brokers:
-        to_move = [("to move", f"{len(found.moves):,} shards")]
+        to_move = [("to move", number_of(len(found.moves), "shard"))]
     else:
         time = f"{human_seconds(found.seconds_at(throttle))} at {human_rate(throttle)}"
-        to_move = [("to move", f"{len(found.moves):,} segments, {human_bytes(found.bytes)}"), ("time", time)]
+        to_move = [("to move", f"{number_of(len(found.moves), 'segment')}, {human_bytes(found.bytes)}"), ("time", time)]
     emit_facts(
         [
             ("revision", str(found.revision)),
@@ -96,7 +97,7 @@ def _show_bookie_plan(found: RebalancePlan, moves: bool) -> None:
 
 
 def show_begun(begun: RebalanceOperation, dry_run: bool) -> None:
-    what = f"{begun.moves:,} {_things(begun)}"
+    what = _things(begun, begun.moves)
     if not begun.of_brokers:
         what += f", {human_bytes(begun.bytes)}, at {human_rate(begun.throttle)}"
     for text in begun.notes:
@@ -134,7 +135,7 @@ def show_status(found: RebalanceOperation) -> None:
             ("state", found.state),
             ("goal", found.goal),
             ("takes back", found.rollback_of),
-            ("done", f"{found.percent:.1f} %, {found.moves_done:,} of {found.moves:,} {_things(found)}"),
+            ("done", f"{found.percent:.1f} %, {found.moves_done:,} of {_things(found, found.moves)}"),
             *copies,
             ("skipped", _skipped(found)),
             ("rate", _rate(found)),
@@ -167,12 +168,31 @@ def show_status(found: RebalanceOperation) -> None:
         )
 
 
-def _things(found: RebalanceOperation) -> str:
-    return "shards" if found.of_brokers else "segments"
+def left_out(found: RebalanceOperation) -> str:
+    """What of an operation that has ended was not moved, why, and what to do next; empty if all was."""
+    all_of_it, plan_again = _things(found, found.moves), f"`magnetar rebalance plan --goal {found.goal}`"
+    if found.state == "CANCELLED":
+        rollback = f"take back what was with `magnetar rebalance rollback {found.operation}`, or "
+        return (
+            f"{found.operation} was cancelled, {found.moves_done:,} of {all_of_it} moved: "
+            f"{rollback if found.moves_done else ''}plan again with {plan_again}"
+        )
+    if not found.moves_skipped:
+        return ""
+    reasons = list(dict.fromkeys(move.reason for move in found.skipped))
+    more = ", ..." if len(reasons) > REASONS_SHOWN_MAX else ""
+    return (
+        f"{found.operation} left out {found.moves_skipped:,} of {all_of_it} "
+        f"({', '.join(reasons[:REASONS_SHOWN_MAX])}{more}): plan again with {plan_again}"
+    )
+
+
+def _things(found: RebalanceOperation, number: int) -> str:
+    return number_of(number, "shard" if found.of_brokers else "segment")
 
 
 def _skipped(found: RebalanceOperation) -> str:
-    what = f"{found.moves_skipped:,} {_things(found)}"
+    what = _things(found, found.moves_skipped)
     return what if found.of_brokers else f"{what}, {human_bytes(found.bytes_skipped)}"
 
 
@@ -212,7 +232,7 @@ def _line(found: RebalanceOperation) -> str:
     stalled = f", stalled: {'; '.join(found.problems)}" if found.problems else ""
     left = "" if found.eta_s is None else f", {human_seconds(found.eta_s)} left"
     if found.of_brokers:
-        done = f"{found.moves_done:,} of {found.moves:,} shards"
+        done = f"{found.moves_done:,} of {_things(found, found.moves)}"
     else:
         done = f"{human_bytes(found.bytes_done)} of {human_bytes(found.bytes)}"
     return f"{found.operation} {found.state}: {found.percent:.1f} %, {done}, {_rate(found)}{left}{stalled}"
@@ -271,13 +291,17 @@ def show_verification(found: RebalanceVerification) -> None:
     emit_facts(
         [
             ("operation", found.operation),
-            ("compared", f"{found.copies:,} copies of {found.entries:,} entries in {found.ledgers:,} ledgers"),
+            ("compared", f"{compared(found)} in {number_of(found.ledgers, 'ledger')}"),
             ("bytes", f"{human_bytes(found.bytes)}, of all copies"),
-            ("trimmed since", f"{found.trimmed:,} ledgers"),
+            ("trimmed since", number_of(found.trimmed, "ledger")),
             ("problems", len(found.problems)),
             *(("problem", problem) for problem in found.problems[:PROBLEMS_SHOWN_MAX]),
         ]
     )
+
+
+def compared(found: LedgerVerification | RebalanceVerification) -> str:
+    return f"{number_of(found.copies, 'copy', 'copies')} of {number_of(found.entries, 'entry', 'entries')}"
 
 
 class LedgersBar:

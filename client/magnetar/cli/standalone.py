@@ -11,7 +11,7 @@ import typer
 
 from magnetar.cli.child import end_with_parent
 from magnetar.cli.command import EXIT_ERROR, Output, OutputOption, directory, fail
-from magnetar.cli.output import emit_json
+from magnetar.cli.output import emit_json, number_of
 from magnetar.cli.role_process import warn_of_exposure
 
 
@@ -52,9 +52,8 @@ def standalone(
         if output is Output.json:
             emit_json(asdict(where))
         else:
-            print(
-                f"magnetar standalone: server {where.server}, {where.http}, {where.bookies} bookies, {where.data_dir}"
-            )
+            bookies = number_of(where.bookies, "bookie")
+            print(f"magnetar standalone: server {where.server}, {where.http}, {bookies}, {where.data_dir}")
         sys.stdout.flush()
         if host not in ("127.0.0.1", "localhost", "::1"):
             warn_of_exposure([host])

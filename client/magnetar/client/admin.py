@@ -253,6 +253,7 @@ class RepairStatus:
     copies       that are to be made, by reason: unreplicated, lost, draining, rebalance, scrub
     stalled      of them, those that do not go on
     problems     why, in words; a few of them
+    stalled_bookies   why a copy of what stands, or stood, on a bookie does not go on, by bookie
     """
 
     enabled: bool
@@ -262,6 +263,7 @@ class RepairStatus:
     stalled: int
     problems: tuple[str, ...]
     lost: tuple[LostBookie, ...]
+    stalled_bookies: Mapping[str, str]
 
 
 class Topics(AdminCalls):
@@ -410,7 +412,7 @@ class BrokerServers(AdminCalls):
     async def drain(self, broker: str, *, dry_run: bool = False) -> BrokerDrain:
         """The broker is to have no shards from now on, also after a restart: it hands over what it has, one by one.
 
-        Nobody sees an error. It is done when `list` shows it with no shards. Raises InvalidArgument for an unknown
+        Nobody sees an error. It is done when `list` shows it with no shards. Raises OrderRefused for an unknown
         broker, and when no other one could take its shards.
         """
         request = admin_pb2.DrainBrokerRequest(broker_id=broker, dry_run=dry_run)
@@ -418,7 +420,7 @@ class BrokerServers(AdminCalls):
         return BrokerDrain(broker, response.shards, {share.broker_id: share.shards for share in response.shares})
 
     async def undrain(self, broker: str, *, dry_run: bool = False) -> bool:
-        """The broker may have shards again. Returns whether it was being drained. Raises InvalidArgument."""
+        """The broker may have shards again. Returns whether it was being drained. Raises OrderRefused."""
         request = admin_pb2.UndrainBrokerRequest(broker_id=broker, dry_run=dry_run)
         return (await self._ask("UndrainBroker", request, admin_pb2.UndrainBrokerResponse)).was_draining
 
@@ -618,4 +620,5 @@ def _repair(response: repair_pb2.ConfigureRepairResponse) -> RepairStatus:
         stalled=sum(one.stalled for one in response.copies),
         problems=tuple(response.problems),
         lost=tuple(LostBookie(one.bookie_id, from_microseconds(one.since_us), one.given_up) for one in response.lost),
+        stalled_bookies=dict(response.stalled_bookies),
     )

@@ -46,6 +46,12 @@ class RebalanceMove:
     shard: int = 0
     load: float = 0.0
 
+    def as_json(self) -> dict[str, Any]:
+        """As it stands in the JSON of a plan."""
+        if self.shard:
+            return {"shard": self.shard, "from": self.source, "to": self.target, "load": self.load}
+        return {"ledger": self.ledger, "from": self.source, "to": self.target, "bytes": self.bytes}
+
 
 @dataclass(frozen=True, slots=True)
 class BookieShare:
@@ -99,17 +105,14 @@ class RebalancePlan:
 
     def as_json(self, throttle: int = THROTTLE_DEFAULT) -> dict[str, Any]:
         """The documented JSON, to be saved and given to `from_json`."""
-        moves: list[dict[str, Any]]
         if self.of_brokers:
-            moves = [{"shard": m.shard, "from": m.source, "to": m.target, "load": m.load} for m in self.moves]
-            shares: dict[str, Any] = {"brokers": [asdict(one) for one in self.brokers]}
+            shares = {"brokers": [asdict(one) for one in self.brokers]}
         else:
-            moves = [{"ledger": m.ledger, "from": m.source, "to": m.target, "bytes": m.bytes} for m in self.moves]
             shares = {"bookies": [asdict(one) for one in self.bookies]}
         return {
             "revision": self.revision,
             "goal": self.goal,
-            "moves": moves,
+            "moves": [move.as_json() for move in self.moves],
             "bytes": self.bytes,
             "skew_before": self.skew_before,
             "skew_after": self.skew_after,

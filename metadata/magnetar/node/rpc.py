@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import resource
+import socket
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias, TypeVar
 
@@ -210,13 +212,30 @@ async def serve(services: Sequence[Service], listen: str, *, options: Mapping[st
     try:
         port = server.add_insecure_port(listen)
     except RuntimeError:
-        raise ListenError(
-            f"cannot listen on {listen}: the address is in use or not of this machine; choose another one"
-        ) from None
+        raise _cannot_listen(listen) from None
     await server.start()
     for name in ["", *names]:
         await health_servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
     return RunningServer(server, port, health_servicer)
+
+
+def check_free(listen: str) -> None:
+    """For who makes something before it serves. Raises ListenError if `serve` could not listen there now."""
+    host, _, port = listen.rpartition(":")
+    try:
+        found = socket.getaddrinfo(host.removeprefix("[").removesuffix("]"), port, type=socket.SOCK_STREAM)
+    except OSError:
+        raise _cannot_listen(listen) from None
+    for family, kind, protocol, _, address in found:
+        with socket.socket(family, kind, protocol) as probe, suppress(OSError):
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+            return
+    raise _cannot_listen(listen)
+
+
+def _cannot_listen(listen: str) -> ListenError:
+    return ListenError(f"cannot listen on {listen}: the address is in use or not of this machine; choose another one")
 
 
 def generic_handler(service: Service) -> grpc.GenericRpcHandler:

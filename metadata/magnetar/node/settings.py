@@ -1,6 +1,7 @@
 """The settings of the server roles: one typed model each, with units and defaults. Unknown keys are errors.
 
-Sizes are in bytes (`_bytes`), times in seconds (`_s`); addresses are `host:port`, port 0 is any free one.
+Sizes are in bytes (`_bytes`), or text with a unit such as 64MiB or 10MB; times in seconds (`_s`); addresses are
+`host:port`, port 0 is any free one.
 `settings_loading.py` reads them from command line, environment and file.
 """
 
@@ -9,7 +10,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ByteSize,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 
 KIB = 1 << 10
 MIB = 1 << 20
@@ -74,6 +85,20 @@ def _directory(value: Any) -> Any:
     return Path(text).expanduser() if isinstance(value, str | Path) else value
 
 
+_BYTE_SIZE = TypeAdapter(ByteSize)
+
+
+def _size(value: Any) -> Any:
+    """Text with a unit becomes bytes: 64MiB, 10MB. What has none stays as it is."""
+    if not (isinstance(value, str) and value.rstrip()[-1:].isalpha()):
+        return value
+    try:
+        return int(_BYTE_SIZE.validate_python(value))
+    except (ValidationError, OverflowError):
+        raise ValueError("must be a whole number of bytes, or have a unit, such as 64MiB or 10MB") from None
+
+
+Size = Annotated[int, BeforeValidator(_size)]
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 Address = Annotated[str, AfterValidator(_address)]
 HttpAddress = Annotated[str, AfterValidator(_address_or_default), Field(description="empty: host of listen, port + 1")]
@@ -135,7 +160,7 @@ class BookieSettings(Joining):
     data_dir: Directory
     listen: Address = "127.0.0.1:7660"
     rack: str = ""
-    memory_bytes: int = Field(default=128 * MIB, ge=16 * MIB)
+    memory_bytes: Size = Field(default=128 * MIB, ge=16 * MIB)
     read_only_at: float = Field(default=0.95, gt=0, le=1, description="share of the disk in use")
     writable_at: float = Field(default=0.90, gt=0, le=1, description="share of the disk in use")
     gc_interval_s: float = Field(default=60.0, gt=0)
@@ -157,11 +182,11 @@ class BrokerSettings(Joining):
     ensemble_size: int = Field(default=3, ge=1, le=16)
     write_quorum: int = Field(default=3, ge=1, le=16)
     ack_quorum: int = Field(default=2, ge=1, le=16)
-    segment_bytes: int = Field(default=64 * MIB, ge=64 * KIB, le=2 * GIB)
+    segment_bytes: Size = Field(default=64 * MIB, ge=64 * KIB, le=2 * GIB)
     segment_s: float = Field(default=3600.0, gt=0)
-    cache_bytes: int = Field(default=64 * MIB, ge=1 * MIB)
-    pending_bytes: int = Field(default=24 * MIB, ge=1 * MIB, description="published and not yet stored, all producers")
-    max_message_bytes: int = Field(default=5 * MIB, ge=1 * KIB, le=5 * MIB)
+    cache_bytes: Size = Field(default=64 * MIB, ge=1 * MIB)
+    pending_bytes: Size = Field(default=24 * MIB, ge=1 * MIB, description="published and not yet stored, all producers")
+    max_message_bytes: Size = Field(default=5 * MIB, ge=1 * KIB, le=5 * MIB)
     retention_unsubscribed_s: float = Field(default=7 * 24 * 3600.0, ge=0)
     trim_interval_s: float = Field(default=5.0, gt=0)
     rest_after_s: float = Field(

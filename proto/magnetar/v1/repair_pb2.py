@@ -25,13 +25,15 @@ _sym_db = _symbol_database.Default()
 from magnetar.v1 import metadata_pb2 as magnetar_dot_v1_dot_metadata__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18magnetar/v1/repair.proto\x12\x0bmagnetar.v1\x1a\x1amagnetar/v1/metadata.proto\"8\n\x12\x44rainBookieRequest\x12\x11\n\tbookie_id\x18\x01 \x01(\t\x12\x0f\n\x07\x64ry_run\x18\x02 \x01(\x08\"H\n\x13\x44rainBookieResponse\x12\x0f\n\x07\x63hanged\x18\x01 \x01(\x08\x12\x0f\n\x07ledgers\x18\x02 \x01(\x04\x12\x0f\n\x07warning\x18\x03 \x01(\t\":\n\x14UndrainBookieRequest\x12\x11\n\tbookie_id\x18\x01 \x01(\t\x12\x0f\n\x07\x64ry_run\x18\x02 \x01(\x08\"9\n\x15UndrainBookieResponse\x12\x0f\n\x07\x63hanged\x18\x01 \x01(\x08\x12\x0f\n\x07ledgers\x18\x02 \x01(\x04\"?\n\x19\x44\x65\x63ommissionBookieRequest\x12\x11\n\tbookie_id\x18\x01 \x01(\t\x12\x0f\n\x07\x64ry_run\x18\x02 \x01(\x08\"\x1c\n\x1a\x44\x65\x63ommissionBookieResponse\"\x97\x01\n\x16\x43onfigureRepairRequest\x12\x14\n\x07\x65nabled\x18\x01 \x01(\x08H\x00\x88\x01\x01\x12\x14\n\x07\x64\x65lay_s\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x18\n\x0b\x62ytes_per_s\x18\x03 \x01(\x04H\x02\x88\x01\x01\x12\x0f\n\x07\x64ry_run\x18\x04 \x01(\x08\x42\n\n\x08_enabledB\n\n\x08_delay_sB\x0e\n\x0c_bytes_per_s\"\xa7\x01\n\x17\x43onfigureRepairResponse\x12-\n\x08settings\x18\x01 \x01(\x0b\x32\x1b.magnetar.v1.RepairSettings\x12*\n\x06\x63opies\x18\x02 \x03(\x0b\x32\x1a.magnetar.v1.WaitingCopies\x12\x10\n\x08problems\x18\x03 \x03(\t\x12\x1f\n\x04lost\x18\x04 \x03(\x0b\x32\x11.magnetar.v1.Loss\"Y\n\rWaitingCopies\x12\'\n\x06reason\x18\x01 \x01(\x0e\x32\x17.magnetar.v1.CopyReason\x12\x0e\n\x06\x63opies\x18\x02 \x01(\x04\x12\x0f\n\x07stalled\x18\x03 \x01(\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18magnetar/v1/repair.proto\x12\x0bmagnetar.v1\x1a\x1amagnetar/v1/metadata.proto\"8\n\x12\x44rainBookieRequest\x12\x11\n\tbookie_id\x18\x01 \x01(\t\x12\x0f\n\x07\x64ry_run\x18\x02 \x01(\x08\"H\n\x13\x44rainBookieResponse\x12\x0f\n\x07\x63hanged\x18\x01 \x01(\x08\x12\x0f\n\x07ledgers\x18\x02 \x01(\x04\x12\x0f\n\x07warning\x18\x03 \x01(\t\":\n\x14UndrainBookieRequest\x12\x11\n\tbookie_id\x18\x01 \x01(\t\x12\x0f\n\x07\x64ry_run\x18\x02 \x01(\x08\"9\n\x15UndrainBookieResponse\x12\x0f\n\x07\x63hanged\x18\x01 \x01(\x08\x12\x0f\n\x07ledgers\x18\x02 \x01(\x04\"?\n\x19\x44\x65\x63ommissionBookieRequest\x12\x11\n\tbookie_id\x18\x01 \x01(\t\x12\x0f\n\x07\x64ry_run\x18\x02 \x01(\x08\"\x1c\n\x1a\x44\x65\x63ommissionBookieResponse\"\x97\x01\n\x16\x43onfigureRepairRequest\x12\x14\n\x07\x65nabled\x18\x01 \x01(\x08H\x00\x88\x01\x01\x12\x14\n\x07\x64\x65lay_s\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x18\n\x0b\x62ytes_per_s\x18\x03 \x01(\x04H\x02\x88\x01\x01\x12\x0f\n\x07\x64ry_run\x18\x04 \x01(\x08\x42\n\n\x08_enabledB\n\n\x08_delay_sB\x0e\n\x0c_bytes_per_s\"\xb1\x02\n\x17\x43onfigureRepairResponse\x12-\n\x08settings\x18\x01 \x01(\x0b\x32\x1b.magnetar.v1.RepairSettings\x12*\n\x06\x63opies\x18\x02 \x03(\x0b\x32\x1a.magnetar.v1.WaitingCopies\x12\x10\n\x08problems\x18\x03 \x03(\t\x12\x1f\n\x04lost\x18\x04 \x03(\x0b\x32\x11.magnetar.v1.Loss\x12Q\n\x0fstalled_bookies\x18\x05 \x03(\x0b\x32\x38.magnetar.v1.ConfigureRepairResponse.StalledBookiesEntry\x1a\x35\n\x13StalledBookiesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"Y\n\rWaitingCopies\x12\'\n\x06reason\x18\x01 \x01(\x0e\x32\x17.magnetar.v1.CopyReason\x12\x0e\n\x06\x63opies\x18\x02 \x01(\x04\x12\x0f\n\x07stalled\x18\x03 \x01(\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'magnetar.v1.repair_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_CONFIGUREREPAIRRESPONSE_STALLEDBOOKIESENTRY']._loaded_options = None
+  _globals['_CONFIGUREREPAIRRESPONSE_STALLEDBOOKIESENTRY']._serialized_options = b'8\001'
   _globals['_DRAINBOOKIEREQUEST']._serialized_start=69
   _globals['_DRAINBOOKIEREQUEST']._serialized_end=125
   _globals['_DRAINBOOKIERESPONSE']._serialized_start=127
@@ -47,7 +49,9 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CONFIGUREREPAIRREQUEST']._serialized_start=416
   _globals['_CONFIGUREREPAIRREQUEST']._serialized_end=567
   _globals['_CONFIGUREREPAIRRESPONSE']._serialized_start=570
-  _globals['_CONFIGUREREPAIRRESPONSE']._serialized_end=737
-  _globals['_WAITINGCOPIES']._serialized_start=739
-  _globals['_WAITINGCOPIES']._serialized_end=828
+  _globals['_CONFIGUREREPAIRRESPONSE']._serialized_end=875
+  _globals['_CONFIGUREREPAIRRESPONSE_STALLEDBOOKIESENTRY']._serialized_start=822
+  _globals['_CONFIGUREREPAIRRESPONSE_STALLEDBOOKIESENTRY']._serialized_end=875
+  _globals['_WAITINGCOPIES']._serialized_start=877
+  _globals['_WAITINGCOPIES']._serialized_end=966
 # @@protoc_insertion_point(module_scope)

@@ -66,16 +66,25 @@ class ConfigureRepairRequest(_message.Message):
     def __init__(self, enabled: bool = ..., delay_s: _Optional[float] = ..., bytes_per_s: _Optional[int] = ..., dry_run: bool = ...) -> None: ...
 
 class ConfigureRepairResponse(_message.Message):
-    __slots__ = ("settings", "copies", "problems", "lost")
+    __slots__ = ("settings", "copies", "problems", "lost", "stalled_bookies")
+    class StalledBookiesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
     SETTINGS_FIELD_NUMBER: _ClassVar[int]
     COPIES_FIELD_NUMBER: _ClassVar[int]
     PROBLEMS_FIELD_NUMBER: _ClassVar[int]
     LOST_FIELD_NUMBER: _ClassVar[int]
+    STALLED_BOOKIES_FIELD_NUMBER: _ClassVar[int]
     settings: _metadata_pb2.RepairSettings
     copies: _containers.RepeatedCompositeFieldContainer[WaitingCopies]
     problems: _containers.RepeatedScalarFieldContainer[str]
     lost: _containers.RepeatedCompositeFieldContainer[_metadata_pb2.Loss]
-    def __init__(self, settings: _Optional[_Union[_metadata_pb2.RepairSettings, _Mapping]] = ..., copies: _Optional[_Iterable[_Union[WaitingCopies, _Mapping]]] = ..., problems: _Optional[_Iterable[str]] = ..., lost: _Optional[_Iterable[_Union[_metadata_pb2.Loss, _Mapping]]] = ...) -> None: ...
+    stalled_bookies: _containers.ScalarMap[str, str]
+    def __init__(self, settings: _Optional[_Union[_metadata_pb2.RepairSettings, _Mapping]] = ..., copies: _Optional[_Iterable[_Union[WaitingCopies, _Mapping]]] = ..., problems: _Optional[_Iterable[str]] = ..., lost: _Optional[_Iterable[_Union[_metadata_pb2.Loss, _Mapping]]] = ..., stalled_bookies: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class WaitingCopies(_message.Message):
     __slots__ = ("reason", "copies", "stalled")

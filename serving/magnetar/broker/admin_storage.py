@@ -141,6 +141,8 @@ class StorageAdmin:
             waiting[task.reason.value] += 1
             if task.problem:
                 stalled[task.reason.value] += 1
+                if task.place and task.place not in response.stalled_bookies:
+                    response.stalled_bookies[task.place] = _problem(task)
                 if len(response.problems) < PROBLEMS_MAX:
                     response.problems.append(_problem(task))
         if (unnamed := stalled.total() - len(response.problems)) > 0:

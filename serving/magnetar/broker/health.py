@@ -21,6 +21,7 @@ from magnetar.metadata.records import (
     Owner,
     ShardRecord,
 )
+from magnetar.node.wording import number_of
 
 NAMED_PROBLEMS_MAX = 20
 """Of one kind named one by one; the rest is counted."""
@@ -86,11 +87,11 @@ class Findings:
         return [
             *self._bookie_problems(ensemble_size),
             *([REPAIR_IS_OFF] if self.under_replicated and not self.repairs else []),
-            *_limited([_unreadable(shard, ledgers) for shard, ledgers in sorted(self.unreadable.items())], "shards"),
-            *_limited([_halted(shard, bookies) for shard, bookies in sorted(self.halted.items())], "shards"),
+            *_limited([_unreadable(shard, ledgers) for shard, ledgers in sorted(self.unreadable.items())], "shard"),
+            *_limited([_halted(shard, bookies) for shard, bookies in sorted(self.halted.items())], "shard"),
             *(
-                f"broker {broker} has no session and owns {len(shards)} shards: the other brokers take them over now; "
-                "start it again"
+                f"broker {broker} has no session and owns {number_of(len(shards), 'shard')}: the other brokers take "
+                "over now; start it again"
                 for broker, shards in sorted(self.orphans.items())
             ),
         ]
@@ -110,32 +111,32 @@ class Findings:
             leave_it = ", or leave it: repair makes its part anew on others, see `magnetar cluster repair`"
         problems = _limited(
             [
-                f"bookie {bookie} has no session and {ledgers} ledgers name it: start it again{leave_it}; if its "
-                f"disk is lost, without a spare, start it with an empty directory and --repair-bookie {bookie}"
+                f"bookie {bookie} has no session and is named by {number_of(ledgers, 'ledger')}: start it "
+                f"again{leave_it}; if its disk is lost, without a spare, start it with an empty directory and "
+                f"--repair-bookie {bookie}"
                 for bookie, ledgers in sorted(self.lost_bookies.items())
             ],
-            "bookies",
+            "bookie",
         )
         problems += _limited(
             [
-                f"bookie {bookie} started with an empty directory and is still to get {ledgers} ledgers or more: wait, "
-                "and stop no other bookie; `magnetar cluster repair` shows how it goes on"
+                f"bookie {bookie} started with an empty directory and is still to get {number_of(ledgers, 'ledger')} "
+                "or more: wait, and stop no other bookie; `magnetar cluster repair` shows how it goes on"
                 for bookie, ledgers in sorted(self.refilled.items())
             ],
-            "bookies",
+            "bookie",
         )
         read_only = sorted(b.bookie_id for b in self.bookies.values() if b.state is BookieState.READ_ONLY)
         problems.extend(
-            _limited([f"bookie {b} is read-only: free space on its disk, or add bookies" for b in read_only], "bookies")
+            _limited([f"bookie {b} is read-only: free space on its disk, or add bookies" for b in read_only], "bookie")
         )
         writable = sum(1 for b in self.bookies.values() if b.state is BookieState.WRITABLE)
         if self.vacant:
-            enough = "wait, they are ended and completed within minutes"
-            remedy = enough if writable >= ensemble_size else "start more bookies"
-            problems.append(f"{self.vacant} ledgers have fewer copies than they should: {remedy}")
+            waiting = "wait, they are completed within minutes" if writable >= ensemble_size else "start more bookies"
+            problems.append(f"{number_of(self.vacant, 'ledger')} with fewer copies than wanted: {waiting}")
         if writable < ensemble_size:
             problems.append(
-                f"{writable} bookies are writable and new ledgers want {ensemble_size}: start "
+                f"new ledgers want {number_of(ensemble_size, 'writable bookie')}, and there are {writable}: start "
                 f"{ensemble_size - writable} more"
             )
         return problems
@@ -147,10 +148,12 @@ def _halted(shard: int, bookies: set[str]) -> str:
 
 
 def _unreadable(shard_id: int, ledgers: Collection[int]) -> str:
-    return f"shard {shard_id} has {len(ledgers)} ledgers of which no copy can be reached: start their bookies again"
+    unreadable = number_of(len(ledgers), "ledger")
+    return f"shard {shard_id} has {unreadable} of which no copy can be reached: start the bookies again"
 
 
 def _limited(problems: list[str], kind: str) -> list[str]:
     if len(problems) <= NAMED_PROBLEMS_MAX:
         return problems
-    return [*problems[:NAMED_PROBLEMS_MAX], f"and {len(problems) - NAMED_PROBLEMS_MAX} more {kind} like these"]
+    more = number_of(len(problems) - NAMED_PROBLEMS_MAX, f"more {kind}")
+    return [*problems[:NAMED_PROBLEMS_MAX], f"and {more} like these"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Awaitable, Callable, Container, Mapping
 
+from magnetar.broker.admin_storage import refused
 from magnetar.broker.describe import Records
 from magnetar.broker.layout import preferred_broker
 from magnetar.broker.refusals import RETRY_AFTER_MS
@@ -12,7 +13,7 @@ from magnetar.metadata.codec import decode_bookie, decode_broker
 from magnetar.metadata.keyspace import Keyspace
 from magnetar.metadata.records import BookieRegistration, BrokerRegistration, Owner, ShardRecord
 from magnetar.metadata.store import Delete, MetadataStore, Put, absent, exists
-from magnetar.node.rpc import Context, invalid_argument, parse, unavailable
+from magnetar.node.rpc import Context, parse, unavailable
 from magnetar.v1 import admin_pb2 as pb
 
 
@@ -61,7 +62,7 @@ class Members:
         owner = _known(brokers, request.broker_id)
         others = [name for name in brokers if name != request.broker_id and _may_have_shards(brokers[name][1], drained)]
         if not others:
-            raise invalid_argument(
+            raise refused(
                 f"no other broker could take its shards: start one, or undrain one broker=`{request.broker_id}`"
             )
         shares: Counter[str] = Counter()
@@ -134,10 +135,10 @@ class Members:
 
 
 def _known(brokers: Mapping[str, tuple[Owner, BrokerRegistration]], broker_id: str) -> Owner:
-    """Raises Refused(INVALID_ARGUMENT)."""
+    """Raises Refused."""
     if broker_id not in brokers:
         known = ", ".join(sorted(brokers))
-        raise invalid_argument(f"there is no such broker: name one of {known} broker=`{broker_id}`")
+        raise refused(f"there is no such broker: name one of {known} broker=`{broker_id}`")
     return brokers[broker_id][0]
 
 

@@ -26,9 +26,10 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from magnetar.broker.balancer import BrokerLoad, Levels, weights_of
+from magnetar.broker.balancer import WORTH_BYTES_PER_S, BrokerLoad, Levels, weights_of
 from magnetar.broker.loads import ShardLoad
 from magnetar.metadata.records import Move, Owner
+from magnetar.node.wording import number_of
 from magnetar.repair.planner import MOVES_MAX, OBJECTIONS_MAX
 
 TRIGGER = 0.05
@@ -169,10 +170,15 @@ def _notes(snapshot: Snapshot, loads: Levels, numbers: Levels, counted: Collecti
             yield f"broker {name} is {_why_not(snapshot, name)} and not counted: it hands its shards over anyway"
     ownerless = sum(not snapshot.lives(owner) for owner in snapshot.owners.values())
     if ownerless:
-        yield f"{ownerless} shards have no living owner and are not counted: another broker claims them"
+        yield f"not counted, as another broker claims them: {number_of(ownerless, 'shard')} without a living owner"
     busy = sum(shard_id in snapshot.busy for shard_id in counted)
     if busy:
-        yield f"{busy} shards are left where they are: another rebalancing moves them"
+        yield f"left alone, as another rebalancing moves them: {number_of(busy, 'shard')}"
+    if len(loads.loads) > 1 and counted and not loads.weights and not moves:
+        yield (
+            f"less than {WORTH_BYTES_PER_S / 1000:g} kB/s is published in the cluster, too little to judge loads "
+            "by: only the numbers of shards are made even"
+        )
     if moves >= MOVES_MAX:
         yield f"a plan has at most {MOVES_MAX:,} moves: plan again when they are done"
     elif _skew(loads, numbers) > TRIGGER:

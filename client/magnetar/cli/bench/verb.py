@@ -25,7 +25,7 @@ from magnetar.cli.command import (
     run,
 )
 from magnetar.cli.local_cluster import parse_local
-from magnetar.cli.output import emit_json, note
+from magnetar.cli.output import emit_json, note, number_of
 
 RUNS_MAX = 100
 SIZE_MAX = 5 << 20
@@ -89,7 +89,8 @@ def _measure(
     timing = {"seconds": seconds, "warm_up": warm_up, "runs": runs, "local": server is None}
     settings = {**asdict(load), **timing}  # type: ignore[call-overload]
     if dry_run:
-        where = server or f"a new cluster of {size.bookies} bookies and {size.brokers} brokers in {data_dir}"
+        cluster = f"{number_of(size.bookies, 'bookie')} and {number_of(size.brokers, 'broker')}"
+        where = server or f"a new cluster of {cluster} in {data_dir}"
         if output is Output.json:
             emit_json({"test": load.verb, "settings": settings, "server": server, "dry_run": True})
         else:

@@ -29,6 +29,7 @@ from magnetar.node.rpc import ListenError
 from magnetar.node.settings import MIB, BookieSettings, BrokerSettings
 from magnetar.node.settings_loading import SettingsError, make_settings
 from magnetar.node.telemetry import HttpServer, configure_logging, new_registry
+from magnetar.node.wording import number_of
 from magnetar.repair.workers import RepairWorkers
 
 CLUSTER = "standalone"
@@ -205,7 +206,7 @@ def bookie_count(data_dir: Path, asked: int | None, stamped: Iterable[str] = ())
         return present or 1
     if asked < present:
         raise StandaloneRefused(
-            f"{data_dir} holds the data of {present} bookies: start with --bookies {present} or more, "
+            f"{data_dir} holds the data of {number_of(present, 'bookie')}: start with --bookies {present} or more, "
             "or choose another --data-dir"
         )
     return asked

@@ -30,7 +30,7 @@ from magnetar.metadata.server.watches import Watches, cut_page
 from magnetar.metadata.sqlite_engine import DiskFull, SqliteEngine
 from magnetar.metadata.sqlite_tables import Revision, Tables
 from magnetar.metadata.store import LeaseExpired, MetadataError, MetadataUnavailable
-from magnetar.node.rpc import Context, RunningServer, ServerStream, Service, parse, serve
+from magnetar.node.rpc import Context, RunningServer, ServerStream, Service, check_free, parse, serve
 
 DATABASE_NAME = "metadata.sqlite"
 API_VERSION = "3.5.0"
@@ -93,6 +93,7 @@ class MetadataServer:
 
         Raises MetadataError or rpc.ListenError, in one line, for what an operator has to change.
         """
+        await asyncio.to_thread(check_free, listen)
         watches = Watches()
         try:
             await asyncio.to_thread(data_dir.mkdir, parents=True, exist_ok=True)
