@@ -37,7 +37,7 @@ def findings(state_of_d: BookieState = BookieState.WRITABLE) -> Findings:
 def test_closed_ledgers_that_could_stand_in_more_racks_are_a_notice_and_no_problem() -> None:
     assert findings().problems(3) == []
     assert findings().notices() == [
-        "2 closed ledgers stand in fewer racks than they could: `magnetar rebalance plan` says what wins them back"
+        "2 closed ledgers in fewer racks than possible: `magnetar rebalance plan` says what wins them back"
     ]
 
 

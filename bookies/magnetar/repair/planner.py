@@ -42,6 +42,7 @@ from dataclasses import dataclass, field, replace
 
 from magnetar.ledger.placement import is_eligible, lacks_racks
 from magnetar.metadata.records import VACANT, BookieRegistration, BookieState, Goal, LedgerRecord, LedgerState, Move
+from magnetar.node.wording import number_of
 
 TOLERANCE = 0.02
 """Of the even share: nearer than this nothing moves, so that a plan that was carried out leaves nothing to do."""
@@ -424,20 +425,21 @@ def _left_alone(snapshot: Snapshot, movable: int) -> list[str]:
     alone = len(snapshot.ledgers) - movable
     if alone:
         notes.append(
-            f"{alone} ledgers are left alone: they are being copied, miss a copy, or stand on a bookie that is "
-            "draining or lost"
+            f"left alone, as they are being copied, miss a copy, or stand on a bookie that is draining or lost: "
+            f"{number_of(alone, 'ledger')}"
         )
     return notes
 
 
 def _rack_notes(gained: int, lacking: Counter[str]) -> list[str]:
-    notes = [f"the first {gained} moves gain a rack for a ledger that stands in fewer than it could"] if gained else []
+    notes = [f"first come those that gain a rack for a ledger: {number_of(gained, 'move')}"] if gained else []
     if lacking:
         named = lacking.most_common(REASONS_MAX)
         reasons = "; ".join(f"{reason} ({ledgers})" for reason, ledgers in named)
         more = "" if len(named) == len(lacking) else "; and more like these"
         notes.append(
-            f"{lacking.total()} ledgers stand in fewer racks than they could and cannot move there now: {reasons}{more}"
+            f"in fewer racks than possible: {number_of(lacking.total(), 'ledger')} that cannot move there now: "
+            f"{reasons}{more}"
         )
     return notes
 

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import replace
 
 from magnetar.broker.describe import Records
-from magnetar.broker.refusals import RETRY_AFTER_MS
+from magnetar.broker.refusals import RETRY_AFTER_MS, order_refused
 from magnetar.metadata.codec import (
     decode_bookie,
     decode_copy,
@@ -23,8 +23,8 @@ from magnetar.metadata.codec import (
 from magnetar.metadata.keyspace import Keyspace
 from magnetar.metadata.records import BookieRegistration, BookieState, CopyTask, Drain, RepairSettings
 from magnetar.metadata.store import Compare, Delete, MetadataStore, Operation, Put, absent, exists, unchanged
-from magnetar.node.rpc import Context, Refused, invalid_argument, parse, unavailable
-from magnetar.v1 import common_pb2, metadata_pb2
+from magnetar.node.rpc import Context, invalid_argument, parse, unavailable
+from magnetar.v1 import metadata_pb2
 from magnetar.v1 import repair_pb2 as pb
 
 PROBLEMS_MAX = 20
@@ -67,7 +67,7 @@ class StorageAdmin:
         registered = await self._registered()
         staying = await self._staying(registered, bookie)
         if changed and len(staying) < self._write_quorum:
-            raise refused(
+            raise order_refused(
                 f"too few bookies would be left that take new ledgers: start another one first bookie=`{bookie}` "
                 f"left=`{len(staying)}` needed=`{self._write_quorum}`"
             )
@@ -99,12 +99,12 @@ class StorageAdmin:
         cookie = await self._check_known(bookie)
         ledgers = await self._count_ledgers(bookie)
         if ledgers:
-            raise refused(
+            raise order_refused(
                 f"data stands on it: drain it first, with `magnetar bookies drain {bookie}`, or if it is lost wait "
                 f"until repair has made its copies anew bookie=`{bookie}` ledgers=`{ledgers}`"
             )
         if await self._store.get(keys.bookie(bookie)) is not None:
-            raise refused(f"the bookie runs: stop it first, for good bookie=`{bookie}`")
+            raise order_refused(f"the bookie runs: stop it first, for good bookie=`{bookie}`")
         if not request.dry_run:
             compares = [unchanged(keys.cookie(bookie), cookie), absent(keys.bookie(bookie))]
             await self._change(
@@ -160,7 +160,7 @@ class StorageAdmin:
         """The revision of its cookie."""
         found = await self._store.get(self._keyspace.cookie(bookie))
         if found is None:
-            raise refused(f"there is no such bookie: see `magnetar bookies list` bookie=`{bookie}`")
+            raise order_refused(f"there is no such bookie: see `magnetar bookies list` bookie=`{bookie}`")
         return found.mod_revision
 
     async def _registered(self) -> dict[str, BookieRegistration]:
@@ -199,10 +199,6 @@ class StorageAdmin:
     async def _change(self, compares: list[Compare], operations: list[Operation]) -> None:
         if not (await self._store.txn(compares, operations)).succeeded:
             raise unavailable("the cluster has changed meanwhile: try again", retry_after_ms=RETRY_AFTER_MS)
-
-
-def refused(message: str) -> Refused:
-    return Refused(common_pb2.ERROR_REASON_REFUSED, message)
 
 
 def _configured(before: RepairSettings, request: pb.ConfigureRepairRequest) -> RepairSettings:

@@ -101,8 +101,8 @@ class Findings:
         if not self.lacking_racks:
             return []
         return [
-            f"{self.lacking_racks} closed ledgers stand in fewer racks than they could: `magnetar rebalance plan` "
-            "says what wins them back"
+            f"{number_of(self.lacking_racks, 'closed ledger')} in fewer racks than possible: "
+            "`magnetar rebalance plan` says what wins them back"
         ]
 
     def _bookie_problems(self, ensemble_size: int) -> list[str]:

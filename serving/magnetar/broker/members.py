@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Awaitable, Callable, Container, Mapping
 
-from magnetar.broker.admin_storage import refused
 from magnetar.broker.describe import Records
 from magnetar.broker.layout import preferred_broker
-from magnetar.broker.refusals import RETRY_AFTER_MS
+from magnetar.broker.refusals import RETRY_AFTER_MS, order_refused
 from magnetar.metadata.codec import decode_bookie, decode_broker
 from magnetar.metadata.keyspace import Keyspace
 from magnetar.metadata.records import BookieRegistration, BrokerRegistration, Owner, ShardRecord
@@ -62,7 +61,7 @@ class Members:
         owner = _known(brokers, request.broker_id)
         others = [name for name in brokers if name != request.broker_id and _may_have_shards(brokers[name][1], drained)]
         if not others:
-            raise refused(
+            raise order_refused(
                 f"no other broker could take its shards: start one, or undrain one broker=`{request.broker_id}`"
             )
         shares: Counter[str] = Counter()
@@ -138,7 +137,7 @@ def _known(brokers: Mapping[str, tuple[Owner, BrokerRegistration]], broker_id: s
     """Raises Refused."""
     if broker_id not in brokers:
         known = ", ".join(sorted(brokers))
-        raise refused(f"there is no such broker: name one of {known} broker=`{broker_id}`")
+        raise order_refused(f"there is no such broker: name one of {known} broker=`{broker_id}`")
     return brokers[broker_id][0]
 
 

@@ -56,6 +56,11 @@ def not_owner(shard_id: int, owner: str = "", why: str = "another broker serves 
     )
 
 
+def order_refused(message: str) -> Refused:
+    """To an operator: what is asked for cannot be done, and why."""
+    return Refused(common_pb2.ERROR_REASON_REFUSED, message)
+
+
 def refusal_of(error: Exception) -> Refused | None:
     """The answer to an operating error that any request may meet; None for a fault of the program's own."""
     if isinstance(error, Refused):
