@@ -28,14 +28,16 @@ REVISION = 1000
 DISK = 1 << 40
 
 
-def ledger(number: int, *ensembles: Sequence[str], length: int = 64 << 20, shard_id: int = 1) -> LedgerRecord:
+def ledger(
+    number: int, *ensembles: Sequence[str], length: int = 64 << 20, shard_id: int = 1, created_us: int = 0
+) -> LedgerRecord:
     """Of ten entries; each ensemble holds an equal part of them."""
     step = 10 // len(ensembles)
     fragments = tuple(Fragment(place * step, tuple(bookies)) for place, bookies in enumerate(ensembles))
     quorum = len(ensembles[0])
     return LedgerRecord(
         number, shard_id, LedgerPurpose.DATA, LedgerState.CLOSED, 1, b"token", quorum, quorum // 2 + 1, fragments,
-        last_entry=9, length=length,
+        last_entry=9, length=length, created_us=created_us,
     )  # fmt: skip
 
 
@@ -128,6 +130,22 @@ def test_what_leaves_a_bookie_stood_side_by_side_and_was_written_last() -> None:
     for ledgers in by_source.values():
         assert ledgers == list(range(ledgers[0], ledgers[0] - len(ledgers), -1))
     assert found.moves[0].ledger_id == 400
+
+
+def test_of_two_brokers_with_ids_of_their_own_what_was_written_at_the_same_time_leaves_together() -> None:
+    ledgers = [ledger(block + n, "abc", created_us=2 * n + (block > 0)) for block in (0, 1000) for n in range(1, 201)]
+    created = {one.ledger_id: one.created_us for one in ledgers}
+    found = plan(snapshot(bookies_abcd(), ledgers))
+    for source in "abc":
+        times = [created[move.ledger_id] for move in found.moves if move.source == source]
+        assert times == list(range(times[0], times[0] - len(times), -1))
+    assert created[found.moves[0].ledger_id] == 401
+
+
+def test_full_segments_that_are_a_little_larger_or_smaller_are_of_one_size() -> None:
+    ledgers = [ledger(n, "abc", length=(64 << 20) + (n % 3 - 1) * 4096, created_us=n) for n in range(1, 401)]
+    found = plan(snapshot(bookies_abcd(), ledgers))
+    assert [move.ledger_id for move in found.moves[:90]] == list(range(400, 310, -1))
 
 
 def test_a_budget_of_bytes_is_kept() -> None:

@@ -31,7 +31,8 @@ Rules of every plan:
    than ledgers. Where that is not enough (more bookies joined than there were), the next plan goes on.
 7. Large ledgers move before those of half their size, newer before older ones, and one bookie gives all it has to give
    before the next one does. So there are few moves, little is moved that is trimmed soon, and what leaves a bookie
-   stood side by side in its files: these vanish as a whole, where ledgers here and there would only leave holes.
+   stood side by side in its files: these vanish as a whole, where ledgers here and there would only leave holes. New is
+   what was created late: brokers take ids in blocks, so those in a row can be one broker's of a long time.
 """
 
 from __future__ import annotations
@@ -138,7 +139,7 @@ def _plan(
     wanted = [record for record in movable if shards is None or record.shard_id in shards]
     # By segments every move counts the same: small ones first.
     sign = 1 if goal is Goal.SEGMENTS else -1
-    wanted.sort(key=lambda record: (sign * record.length.bit_length(), -record.ledger_id))
+    wanted.sort(key=lambda record: (sign * _size_class(record), -record.created_us, -record.ledger_id))
     before, skew_before = dict(balance.loads), balance.skew()
     lacking = _gain_racks(balance, wanted)
     notes = [*_left_alone(snapshot, len(movable)), *_rack_notes(len(balance.moves), lacking)]
@@ -153,6 +154,11 @@ def _plan(
         balance.skew(),
         (*notes, *_limits(balance, tolerance)),
     )
+
+
+def _size_class(record: LedgerRecord) -> int:
+    """One more for each doubling. Full segments, about a power of two in size, are in the middle of one."""
+    return (record.length + record.length // 2).bit_length()
 
 
 def _too_large(max_bytes: int, smallest_bytes: int) -> str:
