@@ -67,6 +67,44 @@ async def test_a_reader_of_history_finds_the_next_chunk_read_ahead(cluster: Clus
     assert not owner.log._cache.has(SHARD_ID, first[-1].end_offset)
 
 
+async def test_several_reads_ahead_go_on_where_the_one_before_ends(cluster: Cluster) -> None:
+    owner = await cluster.open(settings=LogSettings(segment_bytes=30_000, read_bytes=500), cache_bytes=64 << 20)
+    for _ in range(200):
+        await owner.append(b"%030d" % owner.sent)
+    owner.log._cache.forget(SHARD_ID)
+    first = await owner.log.read(0)
+    await until(lambda: owner.log._reads._reading == {})
+    ahead = owner.log._cache.get(SHARD_ID, first[-1].end_offset, 1 << 20)
+    assert ahead[0].first_offset == first[-1].end_offset
+    assert all(a.end_offset == b.first_offset for a, b in pairwise(ahead))
+    assert sum(entry.size for entry in ahead) > 2 * 500
+    assert len(ahead) < 5 * len(first)
+
+
+async def test_little_is_read_ahead_where_the_cache_is_small(cluster: Cluster) -> None:
+    owner = await cluster.open(settings=LogSettings(segment_bytes=30_000, read_bytes=500), cache_bytes=8 * 600)
+    for _ in range(200):
+        await owner.append(b"%030d" % owner.sent)
+    owner.log._cache.forget(SHARD_ID)
+    first = await owner.log.read(0)
+    await until(lambda: owner.log._reads._reading == {})
+    assert len(owner.log._cache.get(SHARD_ID, first[-1].end_offset, 1 << 20)) <= len(first)
+
+
+async def test_history_is_whole_whatever_the_sizes_of_its_entries(cluster: Cluster) -> None:
+    owner = await cluster.open(settings=SMALL, cache_bytes=64 << 20)
+    rng = Random(3)
+    sent = [rng.randbytes(rng.choice((1, 20, 300, 900))) for _ in range(300)]
+    for payload in sent:
+        await owner.append(payload)
+    owner.log._cache.forget(SHARD_ID)
+    found: list[bytes] = []
+    while entries := await owner.log.read(len(found)):
+        for entry in entries:
+            found.extend(payloads_of(entry)[len(found) - entry.first_offset :])
+    assert found == sent
+
+
 async def test_readers_of_one_offset_share_one_read(cluster: Cluster) -> None:
     owner = await filled(cluster, 100)
     owner.log._cache.forget(SHARD_ID)

@@ -133,6 +133,11 @@ class ReadCache:
     def size_bytes(self) -> int:
         return self._tail.size_bytes + self._catch_up.size_bytes
 
+    @property
+    def ahead_bytes(self) -> int:
+        """What may be read ahead for each shard whose history is read, so that nothing goes before it was asked for."""
+        return self._catch_up.capacity_bytes // 2 // max(1, len(self._catch_up.runs))
+
     def put_appended(self, shard_id: int, entry: StoredEntry) -> None:
         self._tail.put(shard_id, entry)
 

@@ -27,24 +27,34 @@ SOURCES_MAX = 32
 
 PAGES_PER_SEARCH_MAX = 64
 
+READS_AHEAD_MAX = 4
+"""Of `read_bytes` each, under way at once for whoever reads on: the bookie reads one while the broker takes another."""
+FILLED = 0.9
+"""The part of `read_bytes` that entries should fill when it is guessed how many fit."""
+
 
 class _Source:
     """A segment's ledger, ready for reading.
 
-    record   None while the ledger is open; then `last_entry` says how far it is confirmed
+    entries_per_read   how many fit into one, by what was read last; 0 = nothing was
     """
 
-    __slots__ = ("handle", "index", "last_entry", "record", "segment")
+    __slots__ = ("entries_per_read", "handle", "index", "last_entry", "segment")
 
     def __init__(self, segment: Segment, handle: ReadHandle, last_entry: Callable[[], int]) -> None:
         self.segment = segment
         self.handle = handle
         self.last_entry = last_entry
         self.index = EntryIndex(segment.first_offset)
+        self.entries_per_read = 0
 
     @property
     def end_entry(self) -> int:
         return self.last_entry() + 1
+
+    def was_read(self, entries: list[Entry], read_bytes: int) -> None:
+        size_bytes = sum(len(entry.payload) for entry in entries)
+        self.entries_per_read = max(1, int(FILLED * read_bytes * len(entries) / max(1, size_bytes)))
 
 
 class SegmentReads:
@@ -118,10 +128,11 @@ class SegmentReads:
             or self._cache.has(self._shard.shard_id, offset)
         ):
             return
-        self._begin(offset)
+        room = self._cache.ahead_bytes // self._shard.settings.read_bytes
+        self._begin(offset, max(1, min(room, READS_AHEAD_MAX)))
 
-    def _begin(self, offset: int) -> asyncio.Future[list[StoredEntry]]:
-        reading = asyncio.ensure_future(self._read(offset))
+    def _begin(self, offset: int, reads: int = 1) -> asyncio.Future[list[StoredEntry]]:
+        reading = asyncio.ensure_future(self._read(offset, reads))
         self._reading[offset] = reading
 
         def done(_: asyncio.Future[list[StoredEntry]]) -> None:
@@ -132,14 +143,13 @@ class SegmentReads:
         reading.add_done_callback(done)
         return reading
 
-    async def _read(self, offset: int) -> list[StoredEntry]:
+    async def _read(self, offset: int, reads: int) -> list[StoredEntry]:
         source = await self._source_at(offset)
         entry_id = await self._find_offset(source, offset)
         entries: list[StoredEntry] = []
         following = entry_id
         while not entries and entry_id < source.end_entry:
-            found = await self._entries(source, entry_id, source.end_entry - 1, self._shard.settings.read_bytes)
-            for entry in found:
+            for entry in await self._side_by_side(source, entry_id, reads):
                 stored = self._store(entry)
                 entry_id = entry.entry_id + 1
                 if offset < stored.end_offset <= self._end_offset():
@@ -151,6 +161,22 @@ class SegmentReads:
         for stored in entries:
             self._cache.put_read(self._shard.shard_id, stored)
         return entries
+
+    async def _side_by_side(self, source: _Source, first: int, reads: int) -> list[Entry]:
+        """A prefix of the entries from `first` on, by so many reads at once. What does not fit is left to the next."""
+        read_bytes = self._shard.settings.read_bytes
+        last, step = source.end_entry - 1, source.entries_per_read
+        if reads == 1 or not step:
+            found = await self._entries(source, first, last, read_bytes)
+        else:
+            starts = range(first, min(first + reads * step, last + 1), step)
+            asked = (self._entries(source, start, min(start + step - 1, last), read_bytes) for start in starts)
+            found = []
+            for start, part in zip(starts, await asyncio.gather(*asked), strict=True):
+                if start == first + len(found):
+                    found += part
+        source.was_read(found, read_bytes)
+        return found
 
     def _store(self, entry: Entry) -> StoredEntry:
         try:
