@@ -15,6 +15,7 @@ from magnetar.metadata.copy_txns import CopyTxn
 from magnetar.metadata.keyspace import Keyspace
 from magnetar.metadata.records import Goal, LedgerRecord, Move, Operation, OperationState
 from magnetar.metadata.store import MetadataStore
+from magnetar.node.wording import by_reason
 from magnetar.repair.listings import Listings
 from magnetar.repair.operation_txns import StoredOperation, change_operation, create_operation, next_id
 from magnetar.repair.planner import MOVES_MAX, Plan, Snapshot, objection, objections, plan
@@ -22,8 +23,6 @@ from magnetar.repair.progress import neglected, reverse
 
 ATTEMPTS = 20
 """Of one order, against others that change the same records."""
-NOTES_MAX = 20
-"""Named one by one; the rest is counted."""
 
 
 class OrderRefused(Exception):
@@ -257,14 +256,13 @@ def _objection_to(snapshot: Snapshot, record: LedgerRecord | None, move: Move) -
 def possible(moves: Sequence[Move], objection: Callable[[Move], str]) -> Checked:
     """The moves that nothing speaks against, and what speaks against the others."""
     kept: list[Move] = []
-    notes: list[str] = []
+    problems: list[tuple[str, int, str]] = []
     for move in moves:
         problem = objection(move)
-        if problem:
-            what = f"shard {move.shard_id}" if move.shard_id else f"ledger {move.ledger_id}"
-            notes.append(f"{what}: {problem}")
-        else:
+        if not problem:
             kept.append(move)
-    if len(notes) > NOTES_MAX:
-        notes = [*notes[:NOTES_MAX], f"and {len(notes) - NOTES_MAX} more like these"]
-    return kept, tuple(notes)
+        elif move.shard_id:
+            problems.append(("shard", move.shard_id, problem))
+        else:
+            problems.append(("ledger", move.ledger_id, problem))
+    return kept, tuple(by_reason(problems))

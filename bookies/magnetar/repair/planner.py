@@ -43,7 +43,7 @@ from dataclasses import dataclass, field, replace
 
 from magnetar.ledger.placement import is_eligible, lacks_racks
 from magnetar.metadata.records import VACANT, BookieRegistration, BookieState, Goal, LedgerRecord, LedgerState, Move
-from magnetar.node.wording import number_of
+from magnetar.node.wording import by_reason, number_of
 
 TOLERANCE = 0.02
 """Of the even share: nearer than this nothing moves, so that a plan that was carried out leaves nothing to do."""
@@ -51,8 +51,6 @@ FREE_SHARE_MIN = 0.10
 """Of the target's disk after all moves: a bookie that is filled by them would soon be read-only."""
 MOVES_MAX = 40_000
 """Of one plan. All of them stand in the metadata store."""
-OBJECTIONS_MAX = 20
-"""Named one by one; the rest is counted."""
 REASONS_MAX = 3
 """Why ledgers keep to fewer racks: the most frequent."""
 
@@ -398,16 +396,15 @@ def objections(snapshot: Snapshot, moves: Sequence[Move], revision: int) -> list
     )
     records = {record.ledger_id: record for record in snapshot.ledgers}
     seen: set[int] = set()
+    problems: list[tuple[str, int, str]] = []
     for move in moves:
         problem = _objection_to(snapshot, records.get(move.ledger_id), move, revision)
         if move.ledger_id in seen:
             problem = "the plan moves it twice"
         seen.add(move.ledger_id)
         if problem:
-            found.append(f"ledger {move.ledger_id}: {problem}")
-    if len(found) > OBJECTIONS_MAX:
-        return [*found[:OBJECTIONS_MAX], f"and {len(found) - OBJECTIONS_MAX} more like these"]
-    return found
+            problems.append(("ledger", move.ledger_id, problem))
+    return [*found, *by_reason(problems)]
 
 
 def _objection_to(snapshot: Snapshot, record: LedgerRecord | None, move: Move, revision: int) -> str:

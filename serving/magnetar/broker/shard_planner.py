@@ -29,8 +29,8 @@ from dataclasses import dataclass, field
 from magnetar.broker.balancer import WORTH_BYTES_PER_S, BrokerLoad, Levels, weights_of
 from magnetar.broker.loads import ShardLoad
 from magnetar.metadata.records import Move, Owner
-from magnetar.node.wording import number_of
-from magnetar.repair.planner import MOVES_MAX, OBJECTIONS_MAX
+from magnetar.node.wording import by_reason, number_of
+from magnetar.repair.planner import MOVES_MAX
 
 TRIGGER = 0.05
 TARGET = 0.01
@@ -225,6 +225,7 @@ def objections(snapshot: Snapshot, moves: Sequence[Move], revision: int) -> list
         if session > revision
     ]
     seen: set[int] = set()
+    problems: list[tuple[str, int, str]] = []
     for move in moves:
         problem = objection(snapshot, move)
         if not problem and snapshot.changed[move.shard_id] > revision:
@@ -233,7 +234,5 @@ def objections(snapshot: Snapshot, moves: Sequence[Move], revision: int) -> list
             problem = "the plan moves it twice"
         seen.add(move.shard_id)
         if problem:
-            found.append(f"shard {move.shard_id}: {problem}")
-    if len(found) > OBJECTIONS_MAX:
-        return [*found[:OBJECTIONS_MAX], f"and {len(found) - OBJECTIONS_MAX} more like these"]
-    return found
+            problems.append(("shard", move.shard_id, problem))
+    return [*found, *by_reason(problems)]
