@@ -282,7 +282,18 @@ async def test_the_newest_operation_is_the_one_that_was_begun_last_whatever_cloc
     store, keyspace = cluster.world.store, cluster.world.keyspace
     slow = Orders(store, keyspace, now_us=lambda: cluster.now_us() - 3_600_000_000, rng=random.Random(8))
     await slow.roll_back("rebalance-1", 0, b"2")
-    assert (await cluster.orders.newest()).operation.operation_id == "rebalance-2"
+    assert (await cluster.orders.current()).operation.operation_id == "rebalance-2"
+
+
+async def test_who_asks_without_an_id_hears_of_the_operation_that_goes_on(cluster: Rebalanced) -> None:
+    orders = cluster.orders
+    plan = await orders.plan(Goal.BYTES)
+    await orders.apply(plan.goal, plan.revision, plan.moves[:1], 1, b"1")
+    await orders.change("rebalance-1", state=OperationState.PAUSED)
+    await orders.apply(plan.goal, plan.revision, plan.moves[1:], 100 * MIB, b"2")
+    assert (await orders.current()).operation.operation_id == "rebalance-2"
+    await cluster.until_ended("rebalance-2")
+    assert (await orders.current()).operation.operation_id == "rebalance-1"
 
 
 async def test_a_copy_whose_source_is_drained_goes_on_at_the_rate_of_repair(cluster: Rebalanced) -> None:

@@ -156,12 +156,13 @@ class Orders:
         problem = neglected(operation, self._now_us())
         return replace(operation, problems=(*operation.problems, problem)) if problem else operation
 
-    async def newest(self) -> Ordered:
-        """The operation that was begun last. Raises OrderRefused if there is none."""
+    async def current(self) -> Ordered:
+        """Of those that go on, else of all, the one that was begun last. Raises OrderRefused if there is none."""
         operations = await self.operations()
         if not operations:
             raise OrderRefused("nothing was ever rebalanced here: `magnetar rebalance plan` says what there is to do")
-        return await self.operation(operations[-1].operation_id)
+        live = [operation for operation in operations if not operation.ended_us]
+        return await self.operation((live or operations)[-1].operation_id)
 
     async def begin(self, wanted: Wanted, check: Callable[[], Awaitable[Checked]], *, dry_run: bool = False) -> Ordered:
         """An operation of what `check` finds to be possible; it is asked again if another operation begins meanwhile.

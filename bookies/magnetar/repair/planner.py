@@ -26,7 +26,9 @@ Rules of every plan:
    that lacks most. By rule 2 no move takes that back. Bookies without a rack stand in one together, as in placement.
 5. Then those that even. One takes from above the even share and gives to below it, and one of the two is outside of the
    tolerance. First moves that fall short of both shares: each lowers the distance by twice its bytes. Then, less being
-   left than any ledger holds, moves that still lower the distance by their own bytes.
+   left than any ledger holds, moves that still lower the distance by their own bytes. Last, where racks or roles let
+   nobody else give, those from one that lacks less than another (or has more too much): the distance stays, and both
+   come nearer to each other. Two bookies of one rack share what the rack must hold, whatever the others have.
 6. A ledger moves once in a plan: its moves depend on nothing that another one does, and there are never more of them
    than ledgers. Where that is not enough (more bookies joined than there were), the next plan goes on.
 7. Large ledgers move before those of half their size, newer before older ones, and one bookie gives all it has to give
@@ -40,6 +42,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from enum import Enum
 
 from magnetar.ledger.placement import is_eligible, lacks_racks
 from magnetar.metadata.records import VACANT, BookieRegistration, BookieState, Goal, LedgerRecord, LedgerState, Move
@@ -180,13 +183,21 @@ def _gain_racks(balance: _Balance, ledgers: Sequence[LedgerRecord]) -> Counter[s
 
 
 def _even_out(balance: _Balance, ledgers: Sequence[LedgerRecord]) -> None:
-    for exact in (True, False):
+    for step in _Step:
         for record in ledgers:
             if balance.is_even() or balance.is_full:
                 return
-            move = balance.best_move(record, exact=exact)
+            move = balance.best_move(record, step)
             if move is not None:
                 balance.apply(move)
+
+
+class _Step(Enum):
+    """What a move must do for evenness: see rule 5."""
+
+    SHORT_OF_BOTH = 1
+    NEARER = 2
+    LEVEL = 3
 
 
 class _Balance:
@@ -274,32 +285,34 @@ class _Balance:
                 if any(self.racks[target] not in racks for racks in shared):
                     yield source, target
 
-    def best_move(self, record: LedgerRecord, *, exact: bool) -> Move | None:
+    def best_move(self, record: LedgerRecord, step: _Step) -> Move | None:
         """From who gives already, or has most too much, to who lacks most and may have it; None if it helps nobody."""
         if record.ledger_id in self.moves:
             return None
         held = record.bytes_held()
-        sources = [name for name in held if self.excess(name) > 0 and 0 < held[name] <= self._left]
+        level = step is _Step.LEVEL
+        sources = [name for name in held if (level or self.excess(name) > 0) and 0 < held[name] <= self._left]
         for source in sorted(sources, key=lambda name: (name != self._giving, -self.excess(name), name)):
             size_bytes = held[source]
             for target in self.needy():
-                if self.excess(target) >= 0:
+                if self.excess(target) >= (self.excess(source) if level else 0):
                     break
                 if (
-                    self._helps(source, target, self._unit(size_bytes), exact)
+                    self._helps(source, target, self._unit(size_bytes), step)
                     and size_bytes <= self.room[target]
                     and not objection(self._snapshot, record, source, target)
                 ):
                     return Move(record.ledger_id, source, target, size_bytes)
         return None
 
-    def _helps(self, source: str, target: str, unit: float, exact: bool) -> bool:
+    def _helps(self, source: str, target: str, unit: float, step: _Step) -> bool:
         if self._is_near(source) and self._is_near(target):
             return False
         excess, lack = self.excess(source), -self.excess(target)
-        if exact:
+        if step is _Step.SHORT_OF_BOTH:
             return unit <= excess and unit <= lack
-        return excess + lack - abs(excess - unit) - abs(lack - unit) >= unit
+        nearer = abs(excess) + abs(lack) - abs(excess - unit) - abs(lack - unit)
+        return nearer >= unit if step is _Step.NEARER else nearer >= 0 and unit < excess + lack
 
     def apply(self, move: Move) -> None:
         self.loads[move.source] -= self._unit(move.size_bytes)
@@ -425,7 +438,10 @@ def _objection_to(snapshot: Snapshot, record: LedgerRecord | None, move: Move, r
 def _left_alone(snapshot: Snapshot, movable: int) -> list[str]:
     draining = sorted(name for name in snapshot.bookies if not snapshot.is_counted(name))
     notes = [f"bookie {name} is draining and not counted" for name in draining]
-    alone = len(snapshot.ledgers) - movable
+    known = {record.ledger_id for record in snapshot.ledgers}
+    busy = Counter(why for ledger_id, why in snapshot.busy.items() if ledger_id in known)
+    notes += (f"left alone: {number_of(count, 'ledger')}, as {why}" for why, count in busy.most_common(REASONS_MAX))
+    alone = len(snapshot.ledgers) - movable - busy.total()
     if alone:
         notes.append(
             f"left alone, as they are being copied, miss a copy, or stand on a bookie that is draining or lost: "
@@ -451,8 +467,9 @@ def _limits(balance: _Balance, tolerance: float) -> list[str]:
     if balance.is_full:
         return [f"a plan has at most {MOVES_MAX:,} moves: plan again when they are done"]
     if balance.skew() > tolerance:
+        again = "; plan again when it is done" if balance.moves else ""
         return [
             "no more can be moved by this plan: a ledger moves once in it, never to a bookie that holds it or to fewer "
-            "racks or to a disk without room, and within --max-bytes and --topic; plan again when it is done"
+            f"racks or to a disk without room, and within --max-bytes and --topic{again}"
         ]
     return []

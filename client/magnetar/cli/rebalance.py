@@ -70,7 +70,9 @@ ThrottleOption = Annotated[
     ),
 ]
 OperationArgument = Annotated[str, typer.Argument(help="Id of the operation.")]
-NewestArgument = Annotated[str | None, typer.Argument(help="Id of the operation; the newest one by default.")]
+CurrentArgument = Annotated[
+    str | None, typer.Argument(help="Id of the operation; by default the newest that goes on, else the newest.")
+]
 LiveArgument = Annotated[str | None, typer.Argument(help="Id of the operation; by default the one that goes on.")]
 
 
@@ -189,7 +191,7 @@ def _as_json(found: RebalanceOperation) -> dict[str, Any]:
 
 @app.command()
 def status(
-    operation: NewestArgument = None,
+    operation: CurrentArgument = None,
     watch: Annotated[bool, typer.Option("--watch", help="Follow it to its end; Ctrl-C stops watching only.")] = False,
     every: Annotated[bool, typer.Option("--all", help="Every operation that the cluster remembers.")] = False,
     output: OutputOption = Output.table,
@@ -357,7 +359,7 @@ def rollback(
 
 @app.command()
 def verify(
-    operation: NewestArgument = None,
+    operation: CurrentArgument = None,
     output: OutputOption = Output.table,
     server: ServerOption = DEFAULT_SERVER,
     timeout: TimeoutOption = DEFAULT_TIMEOUT_S,

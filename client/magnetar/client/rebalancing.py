@@ -312,7 +312,7 @@ class Rebalance(LedgerVerifier):
         return [_operation(one) for one in response.operations]
 
     async def status(self, operation: str | None = None) -> RebalanceOperation:
-        """How far an operation is; the newest one if none is named."""
+        """How far an operation is; if none is named, the newest that goes on, else the newest."""
         request = rebalance_pb2.DescribeRebalanceRequest(operation_id=operation or "")
         response = await self._ask("DescribeRebalance", request, rebalance_pb2.DescribeRebalanceResponse)
         return _described(response.operation)

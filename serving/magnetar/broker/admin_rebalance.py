@@ -123,7 +123,7 @@ class RebalanceAdmin:
 
     async def describe(self, data: bytes, _context: Context) -> bytes:
         name = parse(pb.DescribeRebalanceRequest, data).operation_id
-        ordered = await (self._orders.operation(name) if name else self._orders.newest())
+        ordered = await (self._orders.operation(name) if name else self._orders.current())
         return pb.DescribeRebalanceResponse(operation=_description(ordered)).SerializeToString()
 
     async def list_moves(self, data: bytes, _context: Context) -> bytes:
