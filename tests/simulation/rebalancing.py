@@ -384,17 +384,16 @@ class Rebalancing:
         if answer is None:
             return
         await self._ended_though_killed()
-        left_out = {move.ledger_id for move in answer.operation.skipped}
-        for ledger_id in {move.ledger_id for move in plan.moves} - left_out:
+        taken_back = {move.ledger_id for move in self._copies.moves_of(answer.operation.operation.operation_id)}
+        for ledger_id in taken_back - {move.ledger_id for move in answer.operation.skipped}:
             # Twice, and by nobody else.
             changes = len(self._copies.history[ledger_id]) - lengths[ledger_id]
-            if ledger_id in self._copies.ledgers and changes <= 2 and self._fragments()[ledger_id] != before[ledger_id]:
-                noted = [note for note in answer.notes if note.startswith(f"ledger {ledger_id}:")]
-                if not noted and changes:
-                    self._fail(
-                        f"rollback: a ledger is not where it was: ledger={ledger_id} before={before[ledger_id]} "
-                        f"{self._copies.history[ledger_id]}"
-                    )
+            unmoved = ledger_id not in self._copies.ledgers or self._fragments()[ledger_id] == before[ledger_id]
+            if not unmoved and 0 < changes <= 2:
+                self._fail(
+                    f"rollback: a ledger is not where it was: ledger={ledger_id} before={before[ledger_id]} "
+                    f"{self._copies.history[ledger_id]}"
+                )
 
     async def _move_shards_and_roll_back(self) -> None:
         moved = await self._move_shards()
