@@ -15,6 +15,7 @@ from magnetar.metadata.records import Goal, Move, MoveState, Operation, Operatio
 from magnetar.metadata.store import Compare, Delete, exists
 from magnetar.repair.metrics import RepairMetrics
 from magnetar.repair.orders import OrderRefused, Orders
+from magnetar.repair.replicator import COPIES_AT_ONCE
 from magnetar.repair.runner import Runner
 
 LEDGERS = 8
@@ -73,6 +74,12 @@ class Rebalanced:
 
         await self.world.until(done, f"{count} moves are done")
 
+    async def until_tasks_at_most(self, count: int) -> None:
+        async def few() -> bool:
+            return len(await self.world.tasks()) <= count
+
+        await self.world.until(few, f"at most {count} tasks are left")
+
     async def check_all_complete(self) -> dict[str, int]:
         """Every copy is where its record says, byte for byte. Returns how many each bookie has."""
         held: dict[str, int] = dict.fromkeys("abcd", 0)
@@ -96,7 +103,7 @@ async def cluster(world: RepairWorld) -> AsyncIterator[Rebalanced]:
 @asynccontextmanager
 async def throttled(cluster: Rebalanced) -> AsyncIterator[Operation]:
     """An operation that is in the middle of it for as long as the test wants."""
-    yield await cluster.begin(bytes_per_s=40_000)
+    yield await cluster.begin(bytes_per_s=10_000)
     await cluster.kill_runner()
 
 
@@ -137,7 +144,9 @@ async def test_a_runner_that_was_replaced_changes_nothing(cluster: Rebalanced) -
 async def test_a_pause_lets_claimed_copies_end_and_a_resume_goes_on(cluster: Rebalanced) -> None:
     async with throttled(cluster):
         await cluster.until_done(1)
-        await cluster.orders.change("rebalance-1", state=OperationState.PAUSED, bytes_per_s=100 * MIB)
+        await cluster.orders.change("rebalance-1", state=OperationState.PAUSED)
+        await cluster.until_tasks_at_most(COPIES_AT_ONCE)
+        await cluster.orders.change("rebalance-1", bytes_per_s=100 * MIB)
         await cluster.world.until_no_tasks()
         paused = await cluster.operation()
         assert paused.state is OperationState.PAUSED
