@@ -176,6 +176,27 @@ async def test_who_waits_for_an_owner_that_is_silent_asks_others_though_nothing_
     assert world.shard.payloads() == [b"0", b"1"]
 
 
+async def test_a_watched_broker_that_stands_still_is_left_while_something_is_waited_for(
+    world: World, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is pushed comes from one that lives by the time that there is news."""
+    monkeypatch.setattr(client_links, "SILENCE_S", 0.05)
+    monkeypatch.setattr(client_layouts, "SILENCE_S_MAX", 0.05)
+    async with client.producer("clicks") as producer:
+        await producer.send(b"0")
+        await world.watched(world.b)
+        world.b.answering.clear()
+        world.cluster.on_batch = lambda shard, header: Fate.DROP
+        receipt = producer.send_nowait(b"1")
+        await world.cluster.until(lambda: len(world.a.watches) == 1)
+        assert not receipt.done()
+        world.b.answering.set()
+        world.cluster.on_batch = lambda shard, header: Fate.STORE
+        world.cluster.move(world.shard, world.b)
+        world.cluster.push(world.topic)
+        await receipt
+
+
 async def test_news_that_are_withdrawn_at_once_move_nobody(
     world: World, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,6 +19,8 @@ GOES_ON_S = 2.0
 """No producer waits longer for an answer where publishing goes on."""
 
 TAKEOVER_S = LEASE_S + 1.0
+HEDGES_S = 1.0
+"""More, if a bookie stands still too: who recovers waits for it twice at most before others are asked first."""
 
 
 @pytest.fixture
@@ -63,7 +65,7 @@ def test_sigstop_of_a_broker_makes_no_second_writer(cluster: Cluster, load: Load
         # What it writes as the owner that it was is refused; some shards may be handed to it again.
         load.run(3.0)
     judge(load)
-    assert load.history.longest_pause() < TAKEOVER_S
+    assert load.history.longest_pause() < TAKEOVER_S + (HEDGES_S if "bookie0" in stopped else 0.0)
 
 
 @on(("server", 3))

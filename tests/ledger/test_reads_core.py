@@ -9,7 +9,7 @@ from ledger_world import ledger_record
 from magnetar.ledger.bookie_rpc import EntryAnswer, EntryOutcome, ReadGroup
 from magnetar.ledger.effects import AskEntries, Found, NotFound, Wake
 from magnetar.ledger.fragments import closed, with_ensemble
-from magnetar.ledger.reads import ReadCore, ReadLimits, ReplicaOrder
+from magnetar.ledger.reads import OUTRUN_S, OutrunBookies, ReadCore, ReadLimits, ReplicaOrder
 from magnetar.metadata.records import VACANT, LedgerRecord
 
 LIMITS = ReadLimits(hedge_s=1.0)
@@ -123,5 +123,13 @@ def test_a_striped_read_asks_each_replica_for_the_run_that_it_holds(read: Readin
 
 
 def test_different_ledgers_prefer_different_replicas() -> None:
-    firsts = {ReplicaOrder(ledger_id).order(("a", "b", "c"))[0] for ledger_id in range(3)}
+    firsts = {ReplicaOrder(ledger_id).order(("a", "b", "c"), 0.0)[0] for ledger_id in range(3)}
     assert firsts == {"a", "b", "c"}
+
+
+def test_who_is_outrun_in_one_ledger_is_asked_last_in_others_for_a_while() -> None:
+    outrun = OutrunBookies()
+    ReplicaOrder(0, outrun).outrun("a", 1.0)
+    other = ReplicaOrder(3, outrun)
+    assert other.order(("a", "b", "c"), 1.0 + OUTRUN_S - 0.1) == ["b", "c", "a"]
+    assert other.order(("a", "b", "c"), 1.0 + OUTRUN_S) == ["a", "b", "c"]

@@ -31,7 +31,7 @@ from magnetar.ledger.metrics import LedgerMetrics
 from magnetar.ledger.placement import choose_ensemble, is_eligible
 from magnetar.ledger.quorum import Quorum
 from magnetar.ledger.read_handle import Entry, ReadHandle
-from magnetar.ledger.reads import ReadLimits
+from magnetar.ledger.reads import OutrunBookies, ReadLimits
 from magnetar.ledger.recoverer import RecoveredLedger, Recoverer
 from magnetar.ledger.recovery import RecoveryLimits
 from magnetar.ledger.write_handle import CommitChange, Standing, WriteHandle
@@ -98,6 +98,7 @@ class LedgerClient:
         self._writer_limits = WriterLimits(add_timeout_s=self.settings.add_timeout_s)
         self._recovery_limits = RecoveryLimits(give_up_s=self.settings.recovery_give_up_s)
         self._read_limits = ReadLimits(hedge_s=self.settings.hedge_s)
+        self._outrun = OutrunBookies()
 
     def lowest_id(self) -> int:
         """Of a new ledger that every bookie here may store: one that came back empty takes no lower ids."""
@@ -185,4 +186,6 @@ class LedgerClient:
 
     def reader(self, record: LedgerRecord, *, lac: Callable[[], int] | None = None) -> ReadHandle:
         """Reads the ledger up to its end if it is CLOSED, else up to what `lac` says."""
-        return ReadHandle(record, self._bookies, lac=lac, limits=self._read_limits, metrics=self._metrics)
+        return ReadHandle(
+            record, self._bookies, lac=lac, limits=self._read_limits, metrics=self._metrics, outrun=self._outrun
+        )

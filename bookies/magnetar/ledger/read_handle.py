@@ -12,7 +12,7 @@ from magnetar.ledger.driving import NO_READ_ANSWER, answer_of, tell
 from magnetar.ledger.effects import AskEntries, Found, NotFound, ReadEffect, Report, ReportKind, Wake
 from magnetar.ledger.errors import EntryMissing, EntryUnavailable
 from magnetar.ledger.metrics import LedgerMetrics
-from magnetar.ledger.reads import ReadCore, ReadLimits, ReplicaOrder
+from magnetar.ledger.reads import OutrunBookies, ReadCore, ReadLimits, ReplicaOrder
 from magnetar.metadata.records import LedgerRecord, LedgerState
 from magnetar.wire import envelope
 
@@ -39,6 +39,7 @@ class ReadHandle:
         lac: Callable[[], int] | None,
         limits: ReadLimits,
         metrics: LedgerMetrics,
+        outrun: OutrunBookies,
     ) -> None:
         if record.state is not LedgerState.CLOSED and lac is None:
             raise ValueError(f"what may be read of an open ledger is up to its writer: ledger=`{record.ledger_id}`")
@@ -47,7 +48,7 @@ class ReadHandle:
         self._lac = lac
         self._limits = limits
         self._metrics = metrics
-        self._order = ReplicaOrder(record.ledger_id)
+        self._order = ReplicaOrder(record.ledger_id, outrun)
 
     @property
     def record(self) -> LedgerRecord:

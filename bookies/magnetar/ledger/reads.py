@@ -1,6 +1,7 @@
 """Reading confirmed entries: which replica is asked, and when the next. Pure.
 
-1. A ledger's replicas have an order, the same for all its reads, so that one bookie's read-ahead serves them.
+1. A ledger's replicas have an order, the same for all its reads, so that one bookie's read-ahead serves them. Bookies
+   that hedges of any ledger have outrun lately come last: one that stands still delays one read, and not one a ledger.
 2. The next replica is asked when one fails, or when nobody has answered for a while (a hedge).
 3. The first verified copy ends it. A copy that does not verify counts as UNKNOWN; the shell checks and says so.
 4. If nobody has one: only if all members of the write set denied the entry it is missing. One that does not know, or a
@@ -19,6 +20,9 @@ from magnetar.ledger.fragments import fragment_of
 from magnetar.ledger.quorum import Quorum
 from magnetar.metadata.records import VACANT, LedgerRecord
 
+OUTRUN_S = 5.0
+"""As long as a session takes to end: then placement knows, too, that the bookie is away."""
+
 
 @dataclass(frozen=True, slots=True)
 class ReadLimits:
@@ -29,27 +33,48 @@ class ReadLimits:
     entries_max: int = 1024
 
 
+class OutrunBookies:
+    """Bookies that hedges have outrun within the last OUTRUN_S. One object for all ledgers of a client."""
+
+    __slots__ = ("_until",)
+
+    def __init__(self) -> None:
+        self._until: dict[str, float] = {}
+
+    def add(self, bookie: str, now: float) -> None:
+        self._until[bookie] = now + OUTRUN_S
+
+    def holds(self, bookie: str, now: float) -> bool:
+        return self._until.get(bookie, now) > now
+
+
 class ReplicaOrder:
     """The order in which a ledger's bookies are asked. One that fails, or was outrun by a hedge, is asked last.
 
     One object a ledger, shared by its reads: that makes reads sticky. Different ledgers start at different places.
     """
 
-    __slots__ = ("_demerits", "_turn")
+    __slots__ = ("_demerits", "_outrun", "_turn")
 
-    def __init__(self, ledger_id: int) -> None:
+    def __init__(self, ledger_id: int, outrun: OutrunBookies | None = None) -> None:
         self._turn = ledger_id
+        self._outrun = outrun or OutrunBookies()
         self._demerits: dict[str, int] = {}
 
-    def order(self, bookies: Sequence[str]) -> list[str]:
+    def order(self, bookies: Sequence[str], now: float) -> list[str]:
         """The filled places' bookies, the preferred one first."""
         turn = self._turn % len(bookies)
         filled = [bookie for bookie in (*bookies[turn:], *bookies[:turn]) if bookie != VACANT]
-        return sorted(filled, key=lambda bookie: self._demerits.get(bookie, 0))
+        return sorted(filled, key=lambda bookie: (self._outrun.holds(bookie, now), self._demerits.get(bookie, 0)))
 
     def demote(self, bookie: str) -> None:
         """Asked after all others from now on, until they are demoted too."""
         self._demerits[bookie] = 1 + max(self._demerits.values(), default=0)
+
+    def outrun(self, bookie: str, now: float) -> None:
+        """Demoted, and asked last in other ledgers too for a while."""
+        self.demote(bookie)
+        self._outrun.add(bookie, now)
 
     def describe(self) -> str:
         return " ".join(f"{bookie}:-{demerit}" for bookie, demerit in sorted(self._demerits.items())) or "no demerits"
@@ -87,7 +112,7 @@ class ReadCore:
         self._order = order
         # By place, not in the entry's round robin: without striping the order must be the same for all entries.
         self._write_set = [fragment.bookies[place] for place in sorted(self._quorum.write_set(first))]
-        self._waiting = order.order(self._write_set)
+        self._waiting = [bookie for bookie in self._write_set if bookie != VACANT]
         self._asked: dict[int, str] = {}
         self._silent: set[str] = set()
         self._said = dict.fromkeys(self._waiting, "not asked")
@@ -96,6 +121,7 @@ class ReadCore:
         self._hedge_s = self.limits.hedge_s
 
     def begin(self, now: float) -> list[ReadEffect]:
+        self._waiting = self._order.order(self._write_set, now)
         return self._ask_next(now)
 
     def answered(self, sequence: int, answers: Sequence[EntryAnswer], message: str, now: float) -> list[ReadEffect]:
@@ -109,7 +135,7 @@ class ReadCore:
                 break
             entries.append(answer.entry)
         if entries:
-            return self._found(bookie, tuple(entries))
+            return self._found(bookie, tuple(entries), now)
         outcome = answers[0].outcome if answers else EntryOutcome.UNKNOWN
         self._said[bookie] = f"{outcome.name} {message}".rstrip()
         if outcome is EntryOutcome.PROVABLY_NOT:
@@ -156,10 +182,10 @@ class ReadCore:
             last += 1
         return last
 
-    def _found(self, bookie: str, entries: tuple[bytes, ...]) -> list[ReadEffect]:
+    def _found(self, bookie: str, entries: tuple[bytes, ...], now: float) -> list[ReadEffect]:
         self.done = True
         for silent in sorted(self._silent - {bookie}):
-            self._order.demote(silent)
+            self._order.outrun(silent, now)
         return [Found(bookie, entries)]
 
     def _not_found(self) -> list[ReadEffect]:

@@ -211,7 +211,7 @@ class Layouts:
         self._brokers = brokers
         self._refreshing: dict[str, asyncio.Task[Layout]] = {}
         self._listeners: dict[str, list[Callable[[Layout], None]]] = {}
-        self._watches: dict[str, asyncio.Task[None]] = {}
+        self._watches: dict[str, tuple[_Watch, asyncio.Task[None]]] = {}
         self._can_watch = True
 
     async def get(self, topic: str, *, create: bool) -> Layout:
@@ -232,30 +232,38 @@ class Layouts:
             task.add_done_callback(lambda done: self._refreshed(topic, done))
         return task
 
+    def doubt(self, topic: str) -> None:
+        """Something is waited for in vain: asks for the layout, and leaves a watched broker that is silent."""
+        self.ask(topic)
+        if (watched := self._watches.get(topic)) is not None:
+            watched[0].doubt()
+
     def listen(self, topic: str, listener: Callable[[Layout], None]) -> Callable[[], None]:
         """Tell of each layout of the topic that comes. Returns what ends it."""
         listeners = self._listeners.setdefault(topic, [])
         listeners.append(listener)
         if topic not in self._watches and len(self._watches) < WATCHES_MAX and self._can_watch:
-            self._watches[topic] = asyncio.create_task(self._watch(topic), name=f"watch {topic}")
+            watch = _Watch(self._brokers, topic)
+            self._watches[topic] = watch, asyncio.create_task(self._watch(topic, watch), name=f"watch {topic}")
 
         def end() -> None:
             if listener in listeners:
                 listeners.remove(listener)
             if not listeners and self._listeners.get(topic) is listeners:
                 del self._listeners[topic]
-                if (watch := self._watches.pop(topic, None)) is not None:
-                    watch.cancel()
+                if (watched := self._watches.pop(topic, None)) is not None:
+                    watched[1].cancel()
 
         return end
 
     async def stop(self) -> None:
         """Nothing is watched any more, and nobody asks."""
-        watches, self._watches = list(self._watches.values()), {}
+        tasks = [task for _, task in self._watches.values()]
+        self._watches = {}
         self._can_watch = False
-        for watch in watches:
-            watch.cancel()
-        await asyncio.gather(*watches, return_exceptions=True)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _refresh(self, topic: str) -> Layout:
         request = broker_pb2.ResolveRequest(topic=topic).SerializeToString()
@@ -281,11 +289,10 @@ class Layouts:
 
     # --- pushed layouts ---
 
-    async def _watch(self, topic: str) -> None:
+    async def _watch(self, topic: str, watch: _Watch) -> None:
         """Until nobody listens: at one broker after the other, as long as each tells."""
         loop = asyncio.get_running_loop()
         delays = Delays(random.random, max_s=WATCH_RETRY_S_MAX)
-        watch = _Watch(self._brokers, topic)
         try:
             while self._can_watch:
                 began = loop.time()
@@ -303,6 +310,8 @@ class Layouts:
                     watch.start_over()
         except Exception:
             log.exception("watching a layout failed: topic=`%s`", topic)
+        finally:
+            watch.close()
 
 
 class _Watch:
@@ -317,6 +326,9 @@ class _Watch:
         self._silent: set[str] = set()
         self._better: str | None = None
         """A bystander that has just answered."""
+        self._address = ""
+        self._stream: RpcStream | None = None
+        self._doubting: asyncio.Task[None] | None = None
 
     @property
     def exhausted(self) -> bool:
@@ -332,7 +344,8 @@ class _Watch:
         address = self._next()
         self._better = None
         self._tried.add(address)
-        stream = self._brokers.watch(address, BROKER_SERVICE + "WatchLayout", self._request)
+        self._address = address
+        stream = self._stream = self._brokers.watch(address, BROKER_SERVICE + "WatchLayout", self._request)
         try:
             async with asyncio.timeout(ATTEMPT_S_MAX):
                 frame = await stream.read()
@@ -345,6 +358,22 @@ class _Watch:
         except TimeoutError:
             raise unavailable(f"the broker does not answer: broker=`{address}`") from None
         finally:
+            self._stream = None
+            await stream.close()
+
+    def doubt(self) -> None:
+        """The broker that is watched is left unless it answers soon: one that stands still closes nothing."""
+        if self._stream is not None and (self._doubting is None or self._doubting.done()):
+            self._doubting = asyncio.create_task(self._leave_if_silent(self._address, self._stream))
+
+    def close(self) -> None:
+        if self._doubting is not None:
+            self._doubting.cancel()
+
+    async def _leave_if_silent(self, address: str, stream: RpcStream) -> None:
+        answers = await self._brokers.answers(address, BROKER_SERVICE + "Resolve", self._probe)
+        if not answers and stream is self._stream:
+            self._silent.add(address)
             await stream.close()
 
     async def _following(self, stream: RpcStream, address: str) -> bytes | None:

@@ -8,9 +8,9 @@ The reason decides alone: a broker that names the owner is believed at once, a f
 else is tried again, for ever. Patience is another matter: when something is waited for and nothing moves for `timeout`
 seconds, `_timed_out` tells the users, and the link goes on.
 
-A layout that names another owner than before is news. Whoever waits goes there at once. Who is open elsewhere goes
-after HINT_GRACE_S, unless other news came, or a redirect: the broker that told may know less than the one that
-redirected.
+A layout that names another owner than before is news. Whoever waits, or is open at an owner that is silent, goes there
+at once. Who is open elsewhere goes after HINT_GRACE_S, unless other news came, or a redirect: the broker that told may
+know less than the one that redirected.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ HINT_GRACE_S = 0.3
 """From news of another owner until an open handle is given up for it."""
 
 SILENCE_S = 1.0
-"""While something is waited for so long, the layout is asked for, as often."""
+"""While something is waited for so long, the layout is asked for, as often, and whoever is watched has to answer."""
 
 log = logging.getLogger("magnetar.client")
 
@@ -201,7 +201,7 @@ class ShardLink(ABC, Generic[StreamT]):
             return
         self._news.set()
         if stream is not None:
-            self._hint = self._loop.call_later(HINT_GRACE_S, self._follow, place.owner)
+            self._hint = self._loop.call_later(0.0 if self.silent else HINT_GRACE_S, self._follow, place.owner)
 
     def _forget_hint(self) -> None:
         if self._hint is not None:
@@ -290,6 +290,6 @@ class ShardLink(ABC, Generic[StreamT]):
             self._moved_at, remaining_s = now, self._cluster.timeout_s
         elif now - self._moved_at >= SILENCE_S:
             # A broker that stands still closes nothing: others know whether the shard has a new owner.
-            self._cluster.layouts.ask(self.topic)
+            self._cluster.layouts.doubt(self.topic)
         if self._waiting() and not self._stopped:
             self._look_in(remaining_s)
