@@ -51,6 +51,14 @@ from magnetar.bookie.entry_store import (
 from magnetar.wire.envelope import verify
 
 WAL_BYTES_MAX = 256 << 20
+"""And not more than four memtables: what small families keep alive of it is deleted at one blow, while adds wait."""
+FLUSH_BYTES_PER_S = 512 << 20
+"""More than a bookie ever flushes and compacts: the limit is there for its steps."""
+FLUSH_STEP_US = 250
+"""A flush writes what the limit allows in this time, 128 KiB: the log's next fsync waits behind that, not behind 1 MiB.
+"""
+FLUSH_FAIRNESS = 10
+"""RocksDB's own default."""
 BLOB_BYTES_MIN = 4096
 """Smaller envelopes stand in the tables themselves: one of them in a blob file (a cursor's, that lives long) would keep
 all that stood around it from vanishing with its ledgers.
@@ -445,7 +453,7 @@ def _database_options(path: Path, memory_bytes: int) -> Any:
     # tail, which the group numbers tell from a lost one.
     options.set_wal_recovery_mode(rocksdict.DBRecoveryMode.tolerate_corrupted_tail_records())
     options.set_paranoid_checks(True)
-    options.set_max_total_wal_size(WAL_BYTES_MAX)
+    options.set_max_total_wal_size(min(WAL_BYTES_MAX, memory_bytes // MEMTABLE_SHARE * MEMTABLES_MAX))
     options.set_db_write_buffer_size(memory_bytes // 2)
     options.set_max_background_jobs(2)
     options.set_max_open_files(OPEN_FILES_MAX)
@@ -453,7 +461,9 @@ def _database_options(path: Path, memory_bytes: int) -> Any:
     options.set_use_direct_io_for_flush_and_compaction(_has_direct_io(path))
     # Ledgers are read from their first entry on: the kernel may read ahead.
     options.set_advise_random_on_open(False)
-    # Both smooth the flushes: without them a memtable's worth of dirty pages stands before the log's next fsync.
+    options.set_ratelimiter(FLUSH_BYTES_PER_S, FLUSH_STEP_US, FLUSH_FAIRNESS)
+    # Both smooth flushes that go through the page cache: without them a memtable's worth of dirty pages stands before
+    # the log's next fsync.
     options.set_bytes_per_sync(1 << 20)
     options.set_wal_bytes_per_sync(512 << 10)
     options.set_skip_stats_update_on_db_open(True)
