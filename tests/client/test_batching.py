@@ -70,6 +70,15 @@ def test_an_open_batch_lingers_until_it_is_ripe_or_full() -> None:
     assert box.next_size() == 0
 
 
+def test_a_ripe_batch_can_be_left_to_fill() -> None:
+    box, _ = outbox(max_messages=2)
+    put(box, b"a")
+    assert box.next_size() > 0
+    assert box.next_size(full=True) == 0
+    put(box, b"b")
+    assert box.next_size(full=True) > 0
+
+
 def test_numbered_messages_share_a_batch_only_while_their_sequences_are_consecutive() -> None:
     box, _ = outbox()
     for sequence in (5, 6, 9, 10, 11, 3):

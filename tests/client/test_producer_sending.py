@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
-from scripted_broker import Fate, ScriptedCluster, error
+from scripted_broker import Fate, ScriptedBroker, ScriptedCluster, error
 
 from magnetar.client import (
     EARLIEST,
@@ -22,6 +22,7 @@ from magnetar.client import (
     QueueFull,
     Receipt,
 )
+from magnetar.client.lane import BATCHES_IN_FLIGHT
 from magnetar.client.outgoing import MESSAGE_BYTES_MAX
 
 SINGLE = Batching(max_messages=1)
@@ -124,6 +125,25 @@ async def test_messages_gather_into_one_batch_while_the_stream_is_busy(
     async with client.producer("clicks") as producer:
         await asyncio.gather(*(producer.send(b"x") for _ in range(500)))
     assert len(cluster.headers) < 5
+
+
+async def test_messages_gather_into_one_batch_while_some_are_unanswered(
+    cluster: ScriptedCluster, broker: ScriptedBroker, client: Client
+) -> None:
+    async with client.producer("clicks") as producer:
+        cluster.on_batch = lambda shard, header: Fate.STORE_SILENTLY
+        receipts = []
+        for number in range(BATCHES_IN_FLIGHT):
+            receipts.append(producer.send_nowait(b"alone"))
+            await cluster.until(lambda sent=number: len(cluster.headers) == sent + 1)  # type: ignore[misc]
+        for _ in range(3):
+            receipts.append(producer.send_nowait(b"together"))
+            await asyncio.sleep(0.01)
+        assert len(cluster.headers) == BATCHES_IN_FLIGHT
+        cluster.on_batch = lambda shard, header: Fate.STORE
+        broker.cut()
+        await asyncio.gather(*receipts)
+    assert [header.count for header in cluster.headers] == [1] * BATCHES_IN_FLIGHT + [3]
 
 
 async def test_a_lingering_batch_waits_for_more_and_flush_does_not(cluster: ScriptedCluster, client: Client) -> None:

@@ -372,11 +372,13 @@ class Outbox:
             self.open.seal()
             self._sealed.append(self.open)
 
-    def next_size(self) -> int:
-        """About how many bytes the next batch to send has; 0: there is none that is full or ripe."""
+    def next_size(self, *, full: bool = False) -> int:
+        """About how many bytes the next batch to send has; 0: there is none that is full, or ripe if that will do."""
         if self._sealed:
             return self._sealed[0].size + HEADER_ALLOWANCE
         batch = self.open
+        if full and len(batch.payloads) < self._batching.max_messages:
+            return 0
         return batch.size + HEADER_ALLOWANCE if batch.limit >= 0 and batch.ripe and batch.payloads else 0
 
     def take(self) -> Batch:

@@ -130,6 +130,11 @@ class Chain:
 
     # --- sending ---
 
+    @property
+    def batches(self) -> int:
+        """Unanswered ones under this opening."""
+        return len(self._in_flight)
+
     def fits(self, size: int) -> bool:
         """The window has room for a batch of so many bytes; one too large for any window goes alone."""
         return self.unanswered == 0 or self.unanswered + size <= self.window

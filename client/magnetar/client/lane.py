@@ -19,6 +19,9 @@ from magnetar.client.links import Cluster, ShardLink
 from magnetar.client.refusal import OF_ONE_BATCH, Refused, unavailable
 from magnetar.v1 import broker_pb2
 
+BATCHES_IN_FLIGHT = 4
+"""With so many unanswered, a batch that is not full takes more messages until one is answered."""
+
 
 class LaneOwner(Protocol):
     """The producer, as its lanes see it.
@@ -93,7 +96,7 @@ class Lane(ShardLink[ProduceStream]):
     def next_size(self) -> int:
         if not self.chain.open:
             return 0
-        size = self.chain.resend_size() or self.outbox.next_size()
+        size = self.chain.resend_size() or self.outbox.next_size(full=self.chain.batches >= BATCHES_IN_FLIGHT)
         return size if size and self.chain.fits(size) else 0
 
     def next_batch(self) -> bytes | None:
