@@ -19,7 +19,7 @@ test: $(VENV)/.dev ## The fast test suite, in two processes
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 cluster-test: $(VENV)/.dev ## Kill, pause, cut off and fill a cluster of real processes under load; ONLY= names some tests
-	$(BIN)/python -m pytest -s $(or $(ONLY),tests/cluster)
+	$(BIN)/python -m pytest -s --durations 20 $(or $(ONLY),tests/cluster)
 
 sim: $(VENV)/.dev ## Simulated clusters under faults: SEEDS=n (FIRST=x fixes the first), or SEED=x again
 	$(BIN)/python tests/simulation/run.py $(if $(SEED),--seed $(SEED),--seeds $(or $(SEEDS),100) $(if $(FIRST),--first $(FIRST)))

@@ -114,7 +114,7 @@ def full_disk(bench: Bench) -> Judged:
 
 
 def small_messages(bench: Bench) -> Result:
-    return good(bench("publish", size=100, runs=bench.length.runs))
+    return good(bench("publish", size=100, in_flight=32, runs=bench.length.runs))
 
 
 def rate_of(target: float, per: int = 1, **options: object) -> Callable[[Bench], Judged]:
