@@ -45,7 +45,7 @@ def test_sigstop_of_a_bookie_is_hidden_by_the_others(cluster: Cluster, load: Loa
     assert meanwhile.p999 <= WORSE_AT_MOST * before.p999
 
 
-@on(("server", 3), ("etcd", 4))
+@on(("etcd", 4), long=[("server", 3)])
 def test_sigstop_of_a_broker_makes_no_second_writer(cluster: Cluster, load: Load, judge: Judge) -> None:
     load.run(2.0)
     with cluster.connect() as client:
