@@ -79,6 +79,12 @@ def test_a_ripe_batch_can_be_left_to_fill() -> None:
     assert box.next_size(full=True) > 0
 
 
+def test_a_message_as_large_as_a_batch_has_nothing_to_wait_for() -> None:
+    box, _ = outbox(max_bytes=1000)
+    put(box, bytes(5000))
+    assert box.next_size(full=True) > 0
+
+
 def test_numbered_messages_share_a_batch_only_while_their_sequences_are_consecutive() -> None:
     box, _ = outbox()
     for sequence in (5, 6, 9, 10, 11, 3):

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
-from scripted_broker import Fate, ScriptedBroker, ScriptedCluster, error
+from scripted_broker import Fate, ScriptedBroker, ScriptedCluster, Shard, error
 
 from magnetar.client import (
     EARLIEST,
@@ -24,6 +24,7 @@ from magnetar.client import (
 )
 from magnetar.client.lane import BATCHES_IN_FLIGHT
 from magnetar.client.outgoing import MESSAGE_BYTES_MAX
+from magnetar.wire.batch import BatchHeader
 
 SINGLE = Batching(max_messages=1)
 TOPIC = "public/default/clicks"
@@ -130,20 +131,29 @@ async def test_messages_gather_into_one_batch_while_the_stream_is_busy(
 async def test_messages_gather_into_one_batch_while_some_are_unanswered(
     cluster: ScriptedCluster, broker: ScriptedBroker, client: Client
 ) -> None:
-    async with client.producer("clicks") as producer:
-        cluster.on_batch = lambda shard, header: Fate.STORE_SILENTLY
+    (other,) = cluster.create("other").shards.values()
+    counts: list[int] = []
+
+    def fate(shard: Shard, header: BatchHeader) -> Fate:
+        if shard is other:
+            return Fate.STORE
+        counts.append(header.count)
+        return Fate.STORE_SILENTLY if sum(counts) <= BATCHES_IN_FLIGHT else Fate.STORE
+
+    cluster.on_batch = fate
+    async with client.producer("clicks") as producer, client.producer("other") as another:
         receipts = []
         for number in range(BATCHES_IN_FLIGHT):
             receipts.append(producer.send_nowait(b"alone"))
-            await cluster.until(lambda sent=number: len(cluster.headers) == sent + 1)  # type: ignore[misc]
+            await cluster.until(lambda sent=number: len(counts) == sent + 1)  # type: ignore[misc]
         for _ in range(3):
             receipts.append(producer.send_nowait(b"together"))
-            await asyncio.sleep(0.01)
-        assert len(cluster.headers) == BATCHES_IN_FLIGHT
-        cluster.on_batch = lambda shard, header: Fate.STORE
+            # What the same stream carries later is answered: what was to go before it has gone.
+            await another.send(b"later")
+        assert counts == [1] * BATCHES_IN_FLIGHT
         broker.cut()
         await asyncio.gather(*receipts)
-    assert [header.count for header in cluster.headers] == [1] * BATCHES_IN_FLIGHT + [3]
+    assert counts == [1] * BATCHES_IN_FLIGHT + [3]
 
 
 async def test_a_lingering_batch_waits_for_more_and_flush_does_not(cluster: ScriptedCluster, client: Client) -> None:

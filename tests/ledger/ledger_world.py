@@ -61,7 +61,7 @@ from magnetar.ledger.effects import (
 )
 from magnetar.ledger.fragments import fragment_of
 from magnetar.ledger.quorum import Quorum
-from magnetar.ledger.reads import ReadCore, ReadLimits, ReplicaOrder
+from magnetar.ledger.reads import OutrunBookies, ReadCore, ReadLimits, ReplicaOrder
 from magnetar.ledger.recovery import RecoveryCore, RecoveryLimits
 from magnetar.ledger.writer import CommitOutcome, WriterCore, WriterLimits
 from magnetar.metadata.records import (
@@ -461,7 +461,7 @@ class World:
         return actor
 
     def reader(self, name: str, first: int, last: int, order: ReplicaOrder | None = None) -> ReaderActor:
-        actor = ReaderActor(self, name, first, last, order or ReplicaOrder(0))
+        actor = ReaderActor(self, name, first, last, order or ReplicaOrder(0, OutrunBookies()))
         self.actors[name] = actor
         return actor
 

@@ -24,7 +24,7 @@ def have(*data: bytes) -> tuple[EntryAnswer, ...]:
 
 class Reading:
     def __init__(self) -> None:
-        self.order = ReplicaOrder(0)
+        self.order = ReplicaOrder(0, OutrunBookies())
         self.cores: list[ReadCore] = []
 
     def __call__(self, first: int, last: int, record: LedgerRecord = RECORD) -> ReadCore:
@@ -123,7 +123,7 @@ def test_a_striped_read_asks_each_replica_for_the_run_that_it_holds(read: Readin
 
 
 def test_different_ledgers_prefer_different_replicas() -> None:
-    firsts = {ReplicaOrder(ledger_id).order(("a", "b", "c"), 0.0)[0] for ledger_id in range(3)}
+    firsts = {ReplicaOrder(ledger_id, OutrunBookies()).order(("a", "b", "c"), 0.0)[0] for ledger_id in range(3)}
     assert firsts == {"a", "b", "c"}
 
 

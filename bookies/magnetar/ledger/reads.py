@@ -56,9 +56,9 @@ class ReplicaOrder:
 
     __slots__ = ("_demerits", "_outrun", "_turn")
 
-    def __init__(self, ledger_id: int, outrun: OutrunBookies | None = None) -> None:
+    def __init__(self, ledger_id: int, outrun: OutrunBookies) -> None:
         self._turn = ledger_id
-        self._outrun = outrun or OutrunBookies()
+        self._outrun = outrun
         self._demerits: dict[str, int] = {}
 
     def order(self, bookies: Sequence[str], now: float) -> list[str]:

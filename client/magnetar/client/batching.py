@@ -42,7 +42,8 @@ NO_SEQUENCE = -1
 class Batching:
     """When a batch is full, and how long an open one waits for more.
 
-    linger        seconds; 0: as soon as the stream takes it
+    linger        seconds; 0: as soon as the stream takes it. While several batches of a shard are unanswered, one that
+                  is not full takes more messages until an answer comes
     max_messages  at most 100 000
     max_bytes     of payloads, keys and properties, at most 1 MiB; a larger message travels alone
     """
@@ -377,7 +378,7 @@ class Outbox:
         if self._sealed:
             return self._sealed[0].size + HEADER_ALLOWANCE
         batch = self.open
-        if full and len(batch.payloads) < self._batching.max_messages:
+        if full and len(batch.payloads) < self._batching.max_messages and batch.size < batch.limit:
             return 0
         return batch.size + HEADER_ALLOWANCE if batch.limit >= 0 and batch.ripe and batch.payloads else 0
 

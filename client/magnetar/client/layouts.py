@@ -311,7 +311,7 @@ class Layouts:
         except Exception:
             log.exception("watching a layout failed: topic=`%s`", topic)
         finally:
-            watch.close()
+            await watch.close()
 
 
 class _Watch:
@@ -366,9 +366,11 @@ class _Watch:
         if self._stream is not None and (self._doubting is None or self._doubting.done()):
             self._doubting = asyncio.create_task(self._leave_if_silent(self._address, self._stream))
 
-    def close(self) -> None:
+    async def close(self) -> None:
+        """Nobody is doubted any more."""
         if self._doubting is not None:
             self._doubting.cancel()
+            await asyncio.gather(self._doubting, return_exceptions=True)
 
     async def _leave_if_silent(self, address: str, stream: RpcStream) -> None:
         answers = await self._brokers.answers(address, BROKER_SERVICE + "Resolve", self._probe)
