@@ -239,6 +239,40 @@ def test_a_copy_goes_to_another_rack_than_the_other_members() -> None:
     assert chosen == {"f"}
 
 
+def test_a_copy_waits_for_the_rack_that_it_needs_rather_than_go_to_one_it_has() -> None:
+    look = cluster("bcdef", racks="12213", lost="a", given_up="a")
+    load = Counter({"f": audit.TARGET_TASKS_MAX})
+    task = new_task(look, LEDGER, "a", CopyReason.LOST, load, random.Random(1))
+    assert (task.target, task.problem) == ("", "")
+
+
+def test_a_rack_counts_before_the_number_of_fragments_and_nothing_counts_where_there_are_none() -> None:
+    record = closed_ledger(5, 40, (0, ("a", "b", "c")), (20, ("a", "b", "e")))
+    targets = {}
+    for racks in ("1223", ""):
+        look = cluster("bcde", racks=racks, lost="a", given_up="a")
+        targets[racks] = new_task(look, record, "a", CopyReason.LOST, Counter(), random.Random(1)).target
+    assert targets["1223"] in ("c", "e"), "d would stand beside one of its own rack"
+    assert targets[""] == "d", "it takes both"
+
+
+def test_two_copies_of_a_ledger_that_are_made_at_once_go_to_different_racks() -> None:
+    look = cluster("cdefg", racks="12234", lost="ab", given_up="ab")
+    for seed in range(20):
+        first = new_task(look, LEDGER, "a", CopyReason.LOST, Counter(), random.Random(seed))
+        second = new_task(look, LEDGER, "b", CopyReason.LOST, Counter(), random.Random(seed), [first])
+        assert len({look.racks[name] for name in (first.target, second.target, "c")}) == 3
+
+
+def test_a_copy_goes_to_another_rack_than_the_copy_that_a_rebalancing_is_making() -> None:
+    look = cluster("bcdef", racks="12334", lost="a", given_up="a")
+    moving = CopyTask(5, "b", "d", CopyReason.REBALANCE, operation="op")
+    task = new_task(look, LEDGER, "a", CopyReason.LOST, Counter(), random.Random(1), [moving])
+    assert task.target == "f"
+    free = {new_task(look, LEDGER, "a", CopyReason.LOST, Counter(), random.Random(s)).target for s in range(20)}
+    assert free == {"d", "e", "f"}, "without it they are equal"
+
+
 # For all ledgers and clusters.
 
 NAMES = "abcdefg"

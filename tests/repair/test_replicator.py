@@ -30,6 +30,57 @@ async def test_a_ledger_of_a_lost_bookie_is_copied_and_all_three_copies_are_equa
     assert await world.index(5) == {"b", "c", "d"}
 
 
+async def test_a_move_that_would_cost_a_rack_by_now_is_given_back_before_it_is_claimed(world: RepairWorld) -> None:
+    """It was planned when b stood where d has stood since b was lost and repaired."""
+    await racked(world, a="r1", b="r2", c="r3", d="r4", e="r4")
+    await world.put_ledger(closed_ledger(5, 40, (0, ("a", "d", "c"))))
+    await world.put_ledger(closed_ledger(6, 40, (0, ("a", "b", "c"))))
+    for ledger_id in (5, 6):
+        await world.put_task(ledger_id, "c", "e", CopyReason.REBALANCE)
+    await world.until_no_tasks()
+    assert (await world.check_complete(5)).fragments == (Fragment(0, ("a", "d", "c")),)
+    assert (await world.check_complete(6)).fragments == (Fragment(0, ("a", "b", "e")),)
+    ended = {"reason": "rebalance", "bookie": "e", "outcome": "would lose a rack"}
+    assert world.registry.get_sample_value("magnetar_repair_copies_total", ended) == 1
+
+
+async def test_a_move_waits_until_it_knows_the_racks_of_all_members(world: RepairWorld) -> None:
+    await racked(world, a="r1", b="r2", c="r3", e="r2")
+    await world.put_ledger(closed_ledger(5, 40, (0, ("a", "b", "c"))))
+    await world.stop_bookie("b")
+    await world.put_task(5, "c", "e", CopyReason.REBALANCE)
+
+    async def stalled() -> bool:
+        return [task.problem for task in await world.tasks()] == [
+            "it waits for b to be back or repaired: racks could be lost meanwhile"
+        ]
+
+    await world.until(stalled, "the move says what it waits for")
+    record = await world.record(5)
+    assert record is not None
+    assert record.copy is None
+    await world.start_bookie("b", rack="r2")
+    await world.until_no_tasks()
+    assert (await world.check_complete(5)).fragments == (Fragment(0, ("a", "b", "c")),), "e stands in b's rack"
+
+
+async def test_a_move_within_a_rack_or_without_racks_waits_for_nobody(world: RepairWorld) -> None:
+    await racked(world, a="r1", b="r2", c="r3", e="r3")
+    await world.put_ledger(closed_ledger(5, 40, (0, ("a", "b", "c"))))
+    await world.stop_bookie("b")
+    await world.put_task(5, "c", "e", CopyReason.REBALANCE)
+    await world.until_no_tasks()
+    record = await world.record(5)
+    assert record is not None
+    assert record.fragments == (Fragment(0, ("a", "b", "e")),)
+
+
+async def racked(world: RepairWorld, **racks: str) -> None:
+    await world.directory.start()
+    for name, rack in racks.items():
+        await world.start_bookie(name, rack=rack)
+
+
 async def test_a_place_keeps_its_position_in_each_fragment_and_its_entries_only_are_copied(world: RepairWorld) -> None:
     await world.start("abcd")
     await world.put_ledger(closed_ledger(5, 90, (0, ("a", "b", "c")), (30, ("b", "d", "c")), (60, ("b", "c", "a"))))

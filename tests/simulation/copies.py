@@ -8,7 +8,8 @@
    What has ended never changes, and leaves no task.
 4. What an operation's tasks have moved stands in its moves when it has ended: else nothing would take it back.
 5. A bookie that is removed is in no closed ledger.
-6. A shard of which an operation says that it moved it has been where it was to go since the operation began.
+6. What a rebalancing moves leaves no fragment in fewer racks, whatever happened since it was planned.
+7. A shard of which an operation says that it moved it has been where it was to go since the operation began.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from magnetar.metadata.codec import decode_copy, decode_ledger, decode_moves, de
 from magnetar.metadata.keyspace import Keyspace
 from magnetar.metadata.records import (
     VACANT,
+    CopyReason,
     CopyTask,
     Fragment,
     Goal,
@@ -62,6 +64,8 @@ class Copies:
         """Of each operation that moves shards: which shards have been at which brokers since it began."""
         self.history: dict[int, list[tuple[Fragment, ...]]] = {}
         """All fragment lists that a closed ledger has had."""
+        self.racks: dict[str, str] = {}
+        """Of all bookies, whether they run or not."""
         self.on_removed: Callable[[str], None] = lambda bookie: None
 
     def applied(self, by: str, operations: Sequence[Operation]) -> None:
@@ -110,8 +114,13 @@ class Copies:
             changed = {pair for pair in zip(old.bookies, new.bookies, strict=True) if pair[0] != pair[1]}
             if old.first_entry != new.first_entry or changed - {(claim.replaces, claim.target)}:
                 self._fail(f"copies: the fragments changed otherwise than claimed: {before} {after}")
+            if task.reason is CopyReason.REBALANCE and self._racks_of(new) < self._racks_of(old):
+                self._fail(f"copies: a rebalancing cost a rack: {task} {before} {after} {self.racks}")
         if task.operation and claim.replaces not in after.bookies():
             self._carried[task.operation].add((before.ledger_id, claim.replaces, claim.target))
+
+    def _racks_of(self, fragment: Fragment) -> int:
+        return len({self.racks.get(bookie) for bookie in fragment.bookies if bookie != VACANT})
 
     # --- shards ---
 

@@ -209,6 +209,15 @@ def collector_that_trusts_a_partial_listing() -> None:
     Collector._has_role = planted_role  # type: ignore[method-assign]
 
 
+def move_that_is_claimed_as_it_was_planned() -> None:
+    """It does not look at the racks of those who have come to stand beside it meanwhile."""
+
+    def planted(self: Replicator, record: Any, task: Any) -> bool:
+        return False
+
+    Replicator._loses_rack = planted  # type: ignore[method-assign]
+
+
 def cancelled_rebalancing_that_forgets_late_moves() -> None:
     """It does not look any more at what became of the moves that were under way: no rollback takes them back."""
     settle = RunningOperation._settle
@@ -264,6 +273,7 @@ PLANTS: dict[str, Callable[[], None]] = {
     "copy without a claim": copy_without_a_claim,
     "end of a copy that drops a concurrent change": end_of_a_copy_that_drops_a_concurrent_change,
     "collector that trusts a partial listing": collector_that_trusts_a_partial_listing,
+    "move that is claimed as it was planned": move_that_is_claimed_as_it_was_planned,
     "cancelled rebalancing that forgets late moves": cancelled_rebalancing_that_forgets_late_moves,
     "cancelled rebalancing that is taken up again": cancelled_rebalancing_that_is_taken_up_again,
     "hand-off counted though it was refused": hand_off_counted_though_it_was_refused,

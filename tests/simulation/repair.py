@@ -19,6 +19,7 @@ from simulation.metadata import SimulatedMetadata
 from simulation.world import World
 
 from magnetar.ledger.bookie_directory import BookieDirectory
+from magnetar.ledger.placement import loses_rack
 from magnetar.metadata import copy_txns
 from magnetar.metadata.codec import decode_copy, decode_ledger, encode_repair
 from magnetar.metadata.copy_txns import CopyTxn, Stored, StoredTask
@@ -33,6 +34,8 @@ PAUSE_S = 0.1
 TASKS_MAX = 6
 MOVED_BACK = 0.7
 """Share of the moves to a bookie that has just been left."""
+ORDERED_AGAIN = 0.3
+"""Share of the moves of a ledger that has a task already."""
 TAKEN_BACK = 0.15
 KILLED = 0.1
 STOOD_STILL = 0.1
@@ -51,7 +54,7 @@ class Repair:
         self._stopping = False
         self._metadata = SimulatedMetadata(world.metadata, Process("repair"))
         self._workers: dict[str, Process] = {}
-        self._made: dict[int, CopyTask] = {}
+        self._made: dict[tuple[int, str], CopyTask] = {}
         self._left: dict[int, str] = {}
         """Ledger -> the bookie that its last move left."""
         self._taken: dict[int, str] = {}
@@ -149,33 +152,39 @@ class Repair:
         if mine and self._rng.random() < TAKEN_BACK:
             await self._give_up(self._rng.choice(mine))
         elif len(mine) < TASKS_MAX:
-            await self._move_one({stored.task.ledger_id for stored in tasks})
+            await self._move_one({(stored.task.ledger_id, stored.task.place) for stored in tasks})
 
-    async def _move_one(self, busy: set[int]) -> None:
+    async def _move_one(self, busy: set[tuple[int, str]]) -> None:
+        """Of a ledger with a task, too, for another place: each is allowed as long as the other one is not done."""
         keyspace = self._world.keyspace
         found = (await self._metadata.range(keyspace.ledgers_prefix())).items
         ledgers = [Stored(decode_ledger(item.value), item.mod_revision) for item in found]
-        ledgers = [ledger for ledger in ledgers if ledger.record.ledger_id not in busy]
         if not ledgers:
             return
-        ledger = self._rng.choice(ledgers)
+        ordered = {ledger_id for ledger_id, _ in self._made}
+        again = [ledger for ledger in ledgers if ledger.record.ledger_id in ordered]
+        ledger = self._rng.choice(again if again and self._rng.random() < ORDERED_AGAIN else ledgers)
         record = ledger.record
         targets = [name for name in self._world.bookies() if name not in record.bookies()]
         if not targets:
             return
         place, target = self._rng.choice(sorted(record.bookies())), self._rng.choice(targets)
+        if (record.ledger_id, place) in busy:
+            return
         if self._left.get(record.ledger_id) in targets and self._rng.random() < MOVED_BACK:
             target = self._left[record.ledger_id]
+        if self._world.racks and loses_rack(record, place, target, self._world.racks):
+            return  # As a plan: whether it holds when it is carried out is another question.
         task = CopyTask(record.ledger_id, place, target, CopyReason.REBALANCE, operation="simulated")
         if await self._send(copy_txns.create_task(keyspace, ledger, task)):
-            self._made[record.ledger_id] = task
+            self._made[record.ledger_id, place] = task
 
     async def _count(self, tasks: list[StoredTask]) -> None:
         """Of the orders that are gone, those that were carried out."""
-        open_ledgers = {stored.task.ledger_id for stored in tasks}
-        for ledger_id in [ledger_id for ledger_id in self._made if ledger_id not in open_ledgers]:
+        left = {(stored.task.ledger_id, stored.task.place) for stored in tasks}
+        for ledger_id, place in [key for key in self._made if key not in left]:
             ledger = await self._ledger(ledger_id)
-            task = self._made.pop(ledger_id)
+            task = self._made.pop((ledger_id, place))
             if ledger is not None and task.target in ledger.record.bookies():
                 self.moved += 1
                 self._left[ledger_id] = task.place

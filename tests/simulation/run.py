@@ -44,6 +44,9 @@ MOVED_SEEDS = 0.6
 """Share of the seeds in which an operator moves shards between brokers."""
 REBALANCED_SEEDS = 0.3
 """Share of the seeds without those in which an operator rebalances bookies, and they repair what is lost."""
+RACKED_SEEDS = 0.4
+"""Share of both in which bookies stand in racks."""
+RACKS = ("r1", "r2", "r3", "r4", "r4")
 SHORT_SEGMENT_S = 1.0
 """In these: so that there are ledgers to move."""
 ALL_PLANTS = "all"
@@ -87,6 +90,8 @@ class Simulation:
         rebalances = not self.repairs and random.Random(f"rebalances {seed}").random() < REBALANCED_SEEDS
         if rebalances:
             shape = replace(shape, segment_s=SHORT_SEGMENT_S)
+        if (self.repairs or rebalances) and random.Random(f"racks {seed}").random() < RACKED_SEEDS:
+            shape = replace(shape, bookies=len(RACKS), racks=RACKS)
         self.world = World(seed, shape, self._unexpected)
         self.oracle = Oracle(self.world.loop.time, self._fail)
         self.world.watch_boundaries(self._fail)

@@ -55,6 +55,7 @@ NOT_YET = (MetadataError, BookieRefusal, IdInUse)
 @dataclass(frozen=True, slots=True)
 class Shape:
     bookies: int = 4
+    racks: tuple[str, ...] = ()
     brokers: int = 2
     write_quorum: int = 3
     ack_quorum: int = 2
@@ -118,11 +119,13 @@ class World:
         for number in range(shape.brokers):
             name = f"broker{number}"
             self.hosts[name] = Host(name, lambda process, name=name: self._start_broker(name, process))
+        self.racks = dict(zip(self.bookies(), shape.racks, strict=False))
 
     def watch_boundaries(self, fail: Callable[[str], NoReturn]) -> None:
         """Looks at every answer of a bookie and every change of metadata from now on."""
         self.boundaries = Boundaries(fail, self.disks, self.metadata.store, self.keyspace)
         self.boundaries.on_claim = self._claimed
+        self.boundaries.copies.racks = self.racks
         self.listeners.called = self.boundaries.called
         self.listeners.openings = Openings(fail, self.boundaries)
         self.reachable.boundaries = self.metadata.boundaries = self.boundaries
@@ -283,6 +286,7 @@ class World:
             memory_bytes=16 * MIB,
             lease_s=shape.lease_s,
             gc_interval_s=shape.gc_interval_s,
+            rack=self.racks.get(name, ""),
         )
         bookie = await Bookie.start(
             settings,

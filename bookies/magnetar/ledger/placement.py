@@ -45,6 +45,30 @@ def lacks_racks(record: LedgerRecord, racks: Mapping[str, str]) -> bool:
     return any(len(some) < min(len(f.bookies), most) for some, f in zip(used, record.fragments, strict=True))
 
 
+def loses_rack(record: LedgerRecord, place: str, target: str, racks: Mapping[str, str]) -> bool:
+    """True if some fragment stands in fewer racks once the target has the place. Of members that `racks` names."""
+    for others in _others(record, place, target):
+        kept = {racks[name] for name in others if name in racks}
+        if racks[target] in kept and place in racks and racks[place] not in kept:
+            return True
+    return False
+
+
+def unknown_racks(record: LedgerRecord, place: str, target: str, racks: Mapping[str, str]) -> set[str]:
+    """The members of which `racks` must tell before `loses_rack` can be believed. None if the rack stays the same, or
+    if nobody has one."""
+    if racks.get(place) == racks[target] or not any(racks.values()):
+        return set()
+    fragments = _others(record, place, target)
+    return {name for others in fragments for name in (place, *others) if name not in racks}
+
+
+def _others(record: LedgerRecord, place: str, target: str) -> list[list[str]]:
+    """Of each fragment in which the target can have the place, who else fills one."""
+    fragments = [fragment.bookies for fragment in record.fragments if place in fragment.bookies]
+    return [[name for name in f if name not in (place, VACANT)] for f in fragments if target not in f]
+
+
 def choose_ensemble(
     quorum: Quorum,
     registered: Sequence[BookieRegistration],

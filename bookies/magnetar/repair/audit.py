@@ -8,8 +8,9 @@ Bookies:
 
 Tasks. A place must go (LOST, DRAINING, or because a rebalancing moves it) or may stay:
 
-3. One that must go is assigned to the bookie that takes most of its fragments, in another rack than the other members
-   if there is one, by free space else. Without such a bookie the task waits and says so.
+3. One that must go is assigned to a bookie in another rack than the other members will be in when the ledger's other
+   tasks are done; of these, or where there is none of all, to one that takes most of its fragments; of these by free
+   space. Without a bookie that can take it the task waits and says so; while those that should have enough to do, too.
 4. A target that is lost, drained or full is replaced. A rebalancing's move is given up instead: its plan is obsolete.
 5. One that may stay after all (it is back, or not drained any more) keeps its part, and its task ends: unless it is
    known to miss entries, or came back with an empty disk. Then it is completed.
@@ -22,7 +23,7 @@ and is looked at again as tasks end. So a lost bookie of a million ledgers flood
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from magnetar.ledger.placement import Randomness, choose_replacements
@@ -132,9 +133,17 @@ def needs_decision(cluster: Cluster, task: CopyTask) -> bool:
 
 
 def decide(
-    cluster: Cluster, task: CopyTask, record: LedgerRecord, load: Counter[str], rng: Randomness
+    cluster: Cluster,
+    task: CopyTask,
+    record: LedgerRecord,
+    load: Counter[str],
+    rng: Randomness,
+    others: Sequence[CopyTask] = (),
 ) -> CopyTask | None:
-    """The task as it shall be; None = there is nothing to do. `load` counts what is assigned here."""
+    """The task as it shall be; None = there is nothing to do. `load` counts what is assigned here.
+
+    others   the ledger's other tasks
+    """
     if not names(record, task.place):
         return None
     reason = _reason(cluster, task)
@@ -147,15 +156,21 @@ def decide(
         return replace(task, reason=reason)
     if reason is CopyReason.REBALANCE:
         return _completion(cluster, task, record)
-    return _assigned(cluster, replace(task, reason=reason), record, load, rng)
+    return _assigned(cluster, replace(task, reason=reason), record, load, rng, others)
 
 
 def new_task(
-    cluster: Cluster, record: LedgerRecord, place: str, reason: CopyReason, load: Counter[str], rng: Randomness
+    cluster: Cluster,
+    record: LedgerRecord,
+    place: str,
+    reason: CopyReason,
+    load: Counter[str],
+    rng: Randomness,
+    others: Sequence[CopyTask] = (),
 ) -> CopyTask:
-    """For a place that must go, or is vacant."""
+    """For a place that must go, or is vacant. `others`: the ledger's other tasks."""
     task = CopyTask(record.ledger_id, place, "", reason, created_us=cluster.now_us)
-    return _assigned(cluster, task, record, load, rng)
+    return _assigned(cluster, task, record, load, rng, others)
 
 
 def _reason(cluster: Cluster, task: CopyTask) -> CopyReason | None:
@@ -212,11 +227,19 @@ def _completion(cluster: Cluster, task: CopyTask, record: LedgerRecord) -> CopyT
     )
 
 
-def _assigned(cluster: Cluster, task: CopyTask, record: LedgerRecord, load: Counter[str], rng: Randomness) -> CopyTask:
+def _assigned(
+    cluster: Cluster,
+    task: CopyTask,
+    record: LedgerRecord,
+    load: Counter[str],
+    rng: Randomness,
+    others: Sequence[CopyTask],
+) -> CopyTask:
     if not cluster.settings.enabled:
         return replace(task, target="", problem="")
     able = [bookie for bookie in _able(cluster) if takes(record, task.place, bookie.bookie_id)]
-    free = [bookie for bookie in able if load[bookie.bookie_id] < TARGET_TASKS_MAX]
+    best = _best(cluster, task.place, record, able, others)
+    free = [bookie for bookie in best if load[bookie.bookie_id] < TARGET_TASKS_MAX]
     if not free:
         return replace(task, target="", problem="" if able else NOBODY)
     target = _choose(cluster, task.place, record, free, rng)
@@ -233,10 +256,28 @@ def _able(cluster: Cluster) -> list[BookieRegistration]:
     ]
 
 
+def _best(
+    cluster: Cluster, place: str, record: LedgerRecord, able: list[BookieRegistration], others: Sequence[CopyTask]
+) -> list[BookieRegistration]:
+    """Those that stand beside no other member of their rack, or all; of these, those that take most fragments."""
+    leaving = {place, *emptied(cluster), *(task.place for task in others)}
+    joining = {task.target for task in others}
+
+    def rank(bookie: BookieRegistration) -> tuple[bool, int, int]:
+        taken = takes(record, place, bookie.bookie_id)
+        members = [(set(record.fragments[position].bookies) - leaving) | joining for position in taken]
+        racks = [{cluster.bookies[name].rack for name in names if name in cluster.bookies} for names in members]
+        shared = sum(bookie.rack in some for some in racks)
+        return shared > 0, -len(taken), shared
+
+    ranks = [rank(bookie) for bookie in able]
+    best = min(ranks, default=None)
+    return [bookie for bookie, its in zip(able, ranks, strict=True) if its == best]
+
+
 def _choose(cluster: Cluster, place: str, record: LedgerRecord, free: list[BookieRegistration], rng: Randomness) -> str:
-    """Of those that take most fragments, whom the rules of placement prefer in the first of these fragments."""
-    most = max(len(takes(record, place, bookie.bookie_id)) for bookie in free)
-    best = {b.bookie_id: b for b in free if len(takes(record, place, b.bookie_id)) == most}
+    """Whom the rules of placement prefer in the first fragment that all of these take."""
+    best = {bookie.bookie_id: bookie for bookie in free}
     fragment = record.fragments[takes(record, place, min(best))[0]]
     # All registrations go in, for the racks of the other members; the rest is avoided.
     registered = [best.get(bookie_id, bookie) for bookie_id, bookie in cluster.bookies.items()]

@@ -22,7 +22,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -43,7 +43,7 @@ from magnetar.metadata.copy_txns import CopyTxn, Stored, StoredTask
 from magnetar.metadata.election import Election
 from magnetar.metadata.follow import Follower
 from magnetar.metadata.keyspace import Keyspace, UnknownKey
-from magnetar.metadata.records import VACANT, CopyReason, Loss, RepairSettings
+from magnetar.metadata.records import VACANT, CopyReason, CopyTask, Loss, RepairSettings
 from magnetar.metadata.store import (
     Compare,
     Delete,
@@ -280,7 +280,7 @@ class Auditor:
             await self._send(copy_txns.drop_orphan(self._keyspace, stored))
             tasks.pop((task.ledger_id, task.place), None)
             return
-        wanted = audit.decide(cluster, task, ledger.record, load, self._rng)
+        wanted = audit.decide(cluster, task, ledger.record, load, self._rng, _others(tasks, task.ledger_id, task.place))
         if wanted == task:
             return
         if wanted is not None and (wanted.target, wanted.place) == (task.target, task.place):
@@ -288,6 +288,9 @@ class Auditor:
         else:
             txn = copy_txns.give_up(self._keyspace, ledger, stored, wanted)
         if await self._send(txn):
+            tasks.pop((task.ledger_id, task.place))
+            if wanted is not None:
+                tasks[task.ledger_id, task.place] = StoredTask(wanted, 0)
             log.info(
                 "copy decided anew", ledger=task.ledger_id, place=task.place or "vacant", before=task, after=wanted
             )
@@ -324,7 +327,8 @@ class Auditor:
         tasks: dict[Key, StoredTask],
         load: Counter[str],
     ) -> bool:
-        task = audit.new_task(cluster, ledger.record, place, reason, load, self._rng)
+        others = _others(tasks, ledger.record.ledger_id, place)
+        task = audit.new_task(cluster, ledger.record, place, reason, load, self._rng, others)
         txn = copy_txns.create_task(self._keyspace, ledger, task)
         txn.compares += self._because(cluster, place, reason)
         created = await self._send(txn)
@@ -409,3 +413,8 @@ class Auditor:
                 if looked_at >= INDEX_KEYS_PER_PASS:
                     break
         return len(found)
+
+
+def _others(tasks: Mapping[Key, StoredTask], ledger_id: int, place: str) -> list[CopyTask]:
+    """The ledger's tasks for other places."""
+    return [stored.task for key, stored in tasks.items() if key[0] == ledger_id and key[1] != place]

@@ -44,7 +44,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
-from magnetar.ledger.placement import is_eligible, lacks_racks
+from magnetar.ledger.placement import is_eligible, lacks_racks, loses_rack
 from magnetar.metadata.records import VACANT, BookieRegistration, BookieState, Goal, LedgerRecord, LedgerState, Move
 from magnetar.node.wording import by_reason, number_of
 
@@ -379,19 +379,10 @@ def objection(snapshot: Snapshot, record: LedgerRecord, source: str, target: str
         return f"{target} has a copy of it already"
     if source not in record.bookies():
         return f"{source} has no copy of it"
-    if not _keeps_racks(snapshot.bookies, record, source, target):
+    racks = {name: bookie.rack for name, bookie in snapshot.bookies.items()}
+    if loses_rack(record, source, target, racks):
         return f"it would stand in fewer racks without {source}"
     return ""
-
-
-def _keeps_racks(bookies: Mapping[str, BookieRegistration], record: LedgerRecord, source: str, target: str) -> bool:
-    for fragment in record.fragments:
-        if source in fragment.bookies:
-            others = {bookies[name].rack for name in fragment.bookies if name != source and name in bookies}
-            source_rack = bookies[source].rack if source in bookies else None
-            if bookies[target].rack in others and source_rack is not None and source_rack not in others:
-                return False
-    return True
 
 
 def objections(snapshot: Snapshot, moves: Sequence[Move], revision: int) -> list[str]:

@@ -3,7 +3,9 @@
 For each task (`copy_txns.py` has the rules):
 
 1. Read the task and the ledger's record. What is not there is not needed any more.
-2. Claim the copy, unless the place only completes what it has.
+2. Claim the copy, unless the place only completes what it has. The claim compares the record in which the racks were
+   judged, and nothing moves beside a claim: what a rebalancing moves keeps its racks, whatever was repaired since the
+   move was planned. A move that would lose one is given back; one whose members are not all there waits for them.
 3. Copy (`copying.py`).
 4. Finish: one transaction changes the fragments, ends the claim and deletes the task.
 
@@ -20,13 +22,14 @@ from dataclasses import dataclass, replace
 
 import structlog
 
+from magnetar.ledger import placement
 from magnetar.ledger.bookie_rpc import BookieRpc, Bookies
 from magnetar.metadata import copy_txns
 from magnetar.metadata.codec import DamagedRecord, decode_copy, decode_ledger, decode_operation, decode_repair
 from magnetar.metadata.copy_txns import CopyTxn, Stored, StoredTask
 from magnetar.metadata.follow import Follower
 from magnetar.metadata.keyspace import Keyspace
-from magnetar.metadata.records import CopyReason, CopyTask, RepairSettings
+from magnetar.metadata.records import CopyReason, CopyTask, LedgerRecord, RepairSettings
 from magnetar.metadata.store import Change, KeyValue, MetadataStore, MetadataUnavailable
 from magnetar.repair.copier import Copier
 from magnetar.repair.copying import CopyStalled
@@ -273,9 +276,21 @@ class Replicator:
             if not copy_txns.takes(ledger.record, task.task.place, self._bookie_id):
                 await self._send(copy_txns.give_up(self._keyspace, ledger, task, replace(task.task, target="")))
                 return
+            if task.task.reason is CopyReason.REBALANCE and self._loses_rack(ledger.record, task.task):
+                await self._send(copy_txns.give_up(self._keyspace, ledger, task, None))
+                self._count(task.task, "would lose a rack")
+                return
             ledger = await self._claim(ledger, task)
         await self._copier(ledger, task.task).run()
         await self._finish(key, ledger, task)
+
+    def _loses_rack(self, record: LedgerRecord, task: CopyTask) -> bool:
+        """Raises CopyStalled while that cannot be told: who has no session tells of no rack."""
+        racks = {bookie.bookie_id: bookie.rack for bookie in self._bookies.registered()}
+        if task.target not in racks or (away := placement.unknown_racks(record, task.place, task.target, racks)):
+            names = ", ".join(sorted(away)) if task.target in racks else task.target
+            raise CopyStalled(f"it waits for {names} to be back or repaired: racks could be lost meanwhile")
+        return placement.loses_rack(record, task.place, task.target, racks)
 
     def _copier(self, ledger: Stored, task: CopyTask) -> Copier:
         key = (task.ledger_id, task.place)
