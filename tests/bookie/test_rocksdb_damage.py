@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
+import struct
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fastcrc import crc32
 
 from magnetar.bookie.entry_store import (
     Damaged,
@@ -19,6 +22,7 @@ from magnetar.bookie.entry_store import (
     LedgerMark,
     StoreDamaged,
     StoreFailed,
+    StoreStalled,
     StoreUnopenable,
 )
 from magnetar.bookie.judge import verified
@@ -101,6 +105,96 @@ async def test_a_truncated_log_is_seen(crashed: Path, percent: int) -> None:
     with log.open("r+b") as file:
         file.truncate(log.stat().st_size * percent // 100)
     assert await opens_as(crashed) in ("refused", "doubt")
+
+
+@pytest.fixture
+async def recycled(tmp_path: Path, writer: Any) -> Path:
+    """As `crashed`, but its log stands where an older one stood, and ends in the middle of that one."""
+    directory = tmp_path / "store"
+    store = await open_store(directory)
+    inodes: dict[Path, int] = {}
+    while not (inodes and is_recycled(max(inodes), inodes)):
+        await committed(store, [(8, len(inodes), writer(8).entry(0, bytes(500_000)))])
+        inodes |= {log: log.stat().st_ino for log in (directory / "rocksdb").glob("*.log")}
+    for entry_id in range(GROUPS):
+        await committed(store, [(7, entry_id, writer(7).entry(entry_id, PAYLOAD))])
+    copy = tmp_path / "crashed"
+    shutil.copytree(directory, copy)
+    await store.close()
+    return copy
+
+
+def is_recycled(log: Path, inodes: Mapping[Path, int]) -> bool:
+    return list(inodes.values()).count(inodes[log]) > 1
+
+
+async def committed(store: RocksEntryStore, entries: list[tuple[int, int, bytes]]) -> None:
+    while True:
+        try:
+            return await store.commit(GroupWrites(entries=entries, marks={entries[0][0]: MARK}))
+        except StoreStalled:
+            await asyncio.sleep(0.01)
+
+
+def place_of(directory: Path, entry: bytes) -> tuple[Path, int]:
+    """The log that an entry stands in, and where."""
+    for log in (directory / "rocksdb").glob("*.log"):
+        position = log.read_bytes().find(entry[:200])
+        if position >= 0:
+            return log, position
+    raise AssertionError("no log has it")
+
+
+async def test_what_stood_in_a_recycled_log_before_does_not_come_back(recycled: Path, writer: Any) -> None:
+    log, position = place_of(recycled, writer(7).entry(GROUPS - 1, PAYLOAD))
+    assert log.stat().st_size > position + 500_000, "older records follow"
+    assert await opens_as(recycled) == "whole"
+    assert await opens_as(recycled) == "whole"
+
+
+@pytest.mark.parametrize("harm", ["flipped", "zeroed", "truncated"])
+@pytest.mark.parametrize("entry_id", [0, 1, 17, GROUPS // 2, GROUPS - 1])
+async def test_damage_of_a_recycled_log_is_seen(recycled: Path, writer: Any, entry_id: int, harm: str) -> None:
+    log, position = place_of(recycled, writer(7).entry(entry_id, PAYLOAD))
+    if harm == "flipped":
+        flip(log, position + 1000)
+    elif harm == "zeroed":
+        with log.open("r+b") as file:
+            file.seek(position + 1000)
+            file.write(bytes(100_000))
+    else:
+        with log.open("r+b") as file:
+            file.truncate(position + 1000)
+    assert await opens_as(recycled) in ("refused", "doubt")
+
+
+async def test_a_group_that_was_cut_off_in_a_recycled_log_is_not_there_and_no_doubt(
+    recycled: Path, writer: Any
+) -> None:
+    """The power fails while a group is written that was never synced: the side file does not know it yet."""
+    log, position = place_of(recycled, writer(7).entry(GROUPS - 1, PAYLOAD))
+    side_file = recycled / "last-group"
+    number = int.from_bytes(side_file.read_bytes()[:8], "big") - 1
+    data = struct.pack(">QI", number, 0x4D474E31)
+    side_file.write_bytes(data + struct.pack(">I", crc32.iscsi(data)))
+    flip(log, position + 1000)
+    store = await open_store(recycled)
+    assert store.doubt == ""
+    assert await entries_found(store) == GROUPS - 1
+    await store.close()
+
+
+async def test_the_side_file_is_synced_once_a_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[int] = []
+    monkeypatch.setattr("magnetar.bookie.rocksdb.os.fdatasync", synced.append)
+    store = await open_store(tmp_path)
+    for _ in range(20):
+        await store.commit(GroupWrites())
+    assert len(synced) == 1
+    monkeypatch.setattr("magnetar.bookie.rocksdb.SIDE_SYNC_S", 0.0)
+    await store.commit(GroupWrites())
+    assert len(synced) == 2
+    await store.close()
 
 
 async def test_a_zeroed_tail_of_the_log_is_seen(crashed: Path) -> None:

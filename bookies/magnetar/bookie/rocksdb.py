@@ -10,8 +10,9 @@ Column families:
 
 Ledger 0 does not exist: in `entries` and in `ledgers` its key holds the number of the last group. Each group is one
 write batch (not synced, never waiting: a stall raises), then one fsync of the write-ahead log. After that its number
-goes, unsynced, to a 16-byte side file. Both families count, since one can reach the disk ahead of the other: if the
-smaller number is below the side file's, groups are missing that were durable once, and the store opens in `doubt`.
+goes to a 16-byte side file, which is synced once a second. Both families count, since one can reach the disk ahead of
+the other: if the smaller number is below the side file's, groups are missing that were durable once, and the store
+opens in `doubt`. Only a disk that loses what it had synced in the last second before a power failure is not seen.
 
 Which call holds the GIL decides where it runs: writes and fsyncs in one thread, reads in two, compactions in a fourth.
 """
@@ -52,6 +53,9 @@ from magnetar.wire.envelope import verify
 
 WAL_BYTES_MAX = 256 << 20
 """And not more than four memtables: what small families keep alive of it is deleted at one blow, while adds wait."""
+LOGS_RECYCLED_MAX = 4
+"""Each as large as a memtable. What is written over an old log's blocks is synced without the file system's journal."""
+SIDE_SYNC_S = 1.0
 FLUSH_BYTES_PER_S = 512 << 20
 """More than a bookie ever flushes and compacts: the limit is there for its steps."""
 FLUSH_STEP_US = 250
@@ -344,6 +348,7 @@ class _SideFile:
         self.number = number
         """What it said when it was opened; None = nothing that can be trusted."""
         self._descriptor = descriptor
+        self._synced_at = 0.0
 
     @classmethod
     def open(cls, path: Path) -> _SideFile:
@@ -364,6 +369,9 @@ class _SideFile:
     def write(self, number: int) -> None:
         data = struct.pack(">QI", number, _SIDE_MAGIC)
         os.pwrite(self._descriptor, data + struct.pack(">I", crc32.iscsi(data)), 0)
+        if time.monotonic() - self._synced_at >= SIDE_SYNC_S:
+            os.fdatasync(self._descriptor)
+            self._synced_at = time.monotonic()
 
     def close(self) -> None:
         os.close(self._descriptor)
@@ -449,9 +457,10 @@ def _database_options(path: Path, memory_bytes: int) -> Any:
     options = rocksdict.Options(raw_mode=True)
     options.create_if_missing(True)
     options.create_missing_column_families(True)
-    # The default mode drops everything after a flipped bit and says nothing. This one refuses to open, or drops a torn
-    # tail, which the group numbers tell from a lost one.
-    options.set_wal_recovery_mode(rocksdict.DBRecoveryMode.tolerate_corrupted_tail_records())
+    # Where a recycled log ends an older one goes on: RocksDB cannot tell a torn tail from a damaged middle. This mode
+    # drops everything from there on and says nothing; the group numbers tell what was durable and is gone.
+    options.set_wal_recovery_mode(rocksdict.DBRecoveryMode.point_in_time())
+    options.set_recycle_log_file_num(LOGS_RECYCLED_MAX)
     options.set_paranoid_checks(True)
     options.set_max_total_wal_size(min(WAL_BYTES_MAX, memory_bytes // MEMTABLE_SHARE * MEMTABLES_MAX))
     options.set_db_write_buffer_size(memory_bytes // 2)
