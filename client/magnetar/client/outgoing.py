@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import cast
 
 from magnetar.client.errors import InvalidArgument, MessageTooLarge
 
 MESSAGE_BYTES_MAX = 5 << 20
 """Payload, key and properties of one message."""
+
+_AS_THEY_ARE = {bytes, type(None)}
 
 PROPERTIES_MAX = 0xFFFF
 """Of one message, and bytes of the name of one."""
@@ -53,13 +56,20 @@ def checked_properties(properties: Mapping[str, str]) -> dict[str, str]:
 
 def key_column(keys: Iterable[str | bytes | None], payloads: Sequence[bytes]) -> list[bytes | None]:
     """The keys of these payloads as they travel. Raises InvalidArgument."""
+    given = list(keys)
     try:
-        column = [None if key is None else key.encode() if type(key) is str else key_to_bytes(key) for key in keys]
+        # Most columns are of one kind: whether they are costs less than a look at each key from here.
+        as_they_are = _AS_THEY_ARE.issuperset(map(type, given))
+        column = cast("list[bytes | None]", given) if as_they_are else _encoded_keys(given)
     except UnicodeEncodeError as error:
         raise InvalidArgument(f"a key cannot be encoded as UTF-8: {error.reason}") from None
     if len(column) != len(payloads):
         raise InvalidArgument(f"there is one key for each payload: keys=`{len(column)}` payloads=`{len(payloads)}`")
     return column
+
+
+def _encoded_keys(keys: Iterable[str | bytes | None]) -> list[bytes | None]:
+    return [None if key is None else key.encode() if type(key) is str else key_to_bytes(key) for key in keys]
 
 
 def check_sizes(payloads: Sequence[bytes], keys: Sequence[bytes | None] | None) -> None:
