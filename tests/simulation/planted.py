@@ -223,7 +223,7 @@ def cancelled_rebalancing_that_forgets_late_moves() -> None:
     settle = RunningOperation._settle
 
     def planted(self: RunningOperation, place: Any, ledger: Stored | None, observed: Any) -> bool:
-        return False if self._is_cancelled() else settle(self, place, ledger, observed)
+        return False if self.is_cancelled else settle(self, place, ledger, observed)
 
     RunningOperation._settle = planted  # type: ignore[method-assign]
 
