@@ -246,6 +246,12 @@ def test_a_copy_waits_for_the_rack_that_it_needs_rather_than_go_to_one_it_has() 
     assert (task.target, task.problem) == ("", "")
 
 
+def test_a_copy_does_not_wait_for_the_moves_of_a_rebalancing_that_may_wait_for_it() -> None:
+    moves = [CopyTask(i, "c", "d", CopyReason.REBALANCE, "op") for i in range(10, 10 + audit.TARGET_TASKS_MAX)]
+    assert audit.load_of(moves) == Counter()
+    assert audit.load_of([*moves, lost_task()]) == Counter("d")
+
+
 def test_a_rack_counts_before_the_number_of_fragments_and_nothing_counts_where_there_are_none() -> None:
     record = closed_ledger(5, 40, (0, ("a", "b", "c")), (20, ("a", "b", "e")))
     targets = {}

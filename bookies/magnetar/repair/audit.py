@@ -115,8 +115,10 @@ def emptied(cluster: Cluster) -> dict[str, CopyReason]:
 
 
 def load_of(tasks: Iterable[CopyTask]) -> Counter[str]:
-    """How many copies each target has to take over. What it completes of its own comes with closes, not from here."""
-    return Counter(task.target for task in tasks if task.target and not task.completes)
+    """How many copies each target must take over. What it completes of its own comes with closes, not from here, and
+    what a rebalancing wants of it comes after these: it may itself wait for them."""
+    must = (task for task in tasks if task.target and not task.completes)
+    return Counter(task.target for task in must if task.reason is not CopyReason.REBALANCE)
 
 
 def room_for(tasks: Iterable[CopyTask]) -> int:
