@@ -170,7 +170,7 @@ def test_bytes_above_an_offset_count_parts_of_segments() -> None:
 )
 def test_a_segment_ends_when_it_is_full_old_or_wanted(changes: dict[str, Any], now_us: int, step: RollStep) -> None:
     fresh = OpenSegment(size_bytes=0, opened_us=0, next_linked=False, exhausted=False, asked=False, waiting=False)
-    assert roll_step(RULES, replace(fresh, **changes), now_us) is step
+    assert roll_step(RULES, fresh._replace(**changes), now_us) is step
 
 
 def test_long_logs_have_larger_segments_within_limits() -> None:

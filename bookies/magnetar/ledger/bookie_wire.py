@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from magnetar.ledger.bookie_rpc import (
+    STORED,
     AddGroup,
     AddResult,
     AddStatus,
@@ -19,7 +20,7 @@ from magnetar.ledger.bookie_rpc import (
     ReadResult,
 )
 from magnetar.v1 import bookie_pb2 as pb
-from magnetar.wire.framing import Pieces, bytes_field, message_field
+from magnetar.wire.framing import Pieces, bytes_field, message_field, varint_field
 
 PROTOCOL_MIN = 1
 PROTOCOL_MAX = 1
@@ -29,9 +30,11 @@ ITEM_OVERHEAD_BYTES = 64
 """What an item takes in a frame beside its envelopes, generously."""
 _ITEMS_FIELD = 2
 """Groups, queries or results: in all requests and responses of streams."""
+_REQUEST_ID_FIELD = 1
 _ADDED_ENTRIES_FIELD = 6
 _READ_ENTRIES_FIELD = 3
 
+_OK = AddStatus.OK.value
 _STATUSES: Mapping[int, AddStatus] = {status.value: status for status in AddStatus if status is not AddStatus.NO_ANSWER}
 _OUTCOMES: Mapping[int, EntryOutcome] = {outcome.value: outcome for outcome in EntryOutcome}
 
@@ -46,14 +49,11 @@ def frame_of_items(items: Sequence[Pieces]) -> bytes:
 
 
 def encode_add(request_id: int, group: AddGroup) -> Pieces:
-    rest = pb.AddGroup(
-        request_id=request_id,
-        ledger_id=group.ledger_id,
-        epoch=group.epoch,
-        token=group.token,
-        recovery=group.recovery,
-    )
-    return _with_entries(rest.SerializeToString(), _ADDED_ENTRIES_FIELD, group.entries)
+    """All but its number is encoded once for all bookies that get the group."""
+    if not group.encoded:
+        rest = pb.AddGroup(ledger_id=group.ledger_id, epoch=group.epoch, token=group.token, recovery=group.recovery)
+        group.encoded.extend(_with_entries(rest.SerializeToString(), _ADDED_ENTRIES_FIELD, group.entries))
+    return [varint_field(_REQUEST_ID_FIELD, request_id), *group.encoded]
 
 
 def _with_entries(rest: bytes, field: int, entries: Iterable[bytes]) -> Pieces:
@@ -74,6 +74,8 @@ def encode_add_result(request_id: int, result: AddResult) -> Pieces:
 
 def add_result_from_message(message: pb.AddResult) -> AddResult:
     """A status this program does not know is a failure of the bookie, no more."""
+    if message.status == _OK and not message.message:
+        return STORED
     return AddResult(_STATUSES.get(message.status, AddStatus.IO_ERROR), message.message)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 from magnetar.ledger.bookie_rpc import AddGroup, LacQuery, ReadGroup
 from magnetar.ledger.errors import LostReason
@@ -25,8 +26,7 @@ class ReportKind(Enum):
     ENSEMBLE_CHANGED = "the ensemble was changed"
 
 
-@dataclass(frozen=True, slots=True)
-class Send:
+class Send(NamedTuple):
     """Hand the group to the bookie; its answer comes back under this sequence."""
 
     sequence: int
@@ -48,8 +48,7 @@ class AskEntries:
     group: ReadGroup
 
 
-@dataclass(frozen=True, slots=True)
-class Confirmed:
+class Confirmed(NamedTuple):
     """All entries up to and with this one are confirmed."""
 
     last_entry: int

@@ -207,6 +207,7 @@ class _Pipe(Generic[ItemT, ResultT]):
         self._timeout_s = timeout_s
         self._held_bytes_max = held_bytes_max
         self._deadlines = Deadlines(timeout_s)
+        self._late = partial(kind.lost, "bookie did not answer in time")
         self._queue: deque[_Waiting[ItemT, ResultT]] = deque()
         self._sent: dict[int, _Waiting[ItemT, ResultT]] = {}
         self._held_bytes = 0
@@ -235,7 +236,7 @@ class _Pipe(Generic[ItemT, ResultT]):
         self._work.set()
         if self._task is None:
             self._task = asyncio.create_task(self._run(), name=f"bookie {self._kind.method}")
-        return self._deadlines.watch(future, lambda: self._kind.lost("bookie did not answer in time"))
+        return self._deadlines.watch(future, self._late)
 
     def _is_over(self, more_bytes: int) -> bool:
         return self._held_bytes > 0 and self._held_bytes + more_bytes > self._held_bytes_max

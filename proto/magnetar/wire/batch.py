@@ -27,11 +27,10 @@ import struct
 import sys
 from array import array
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from io import BytesIO
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from fastcrc import crc32
 
@@ -114,6 +113,7 @@ _SLOT_SIZE = 2
 _SEQUENCE_MAX = (1 << 63) - 1
 _EPOCH_MAX = (1 << 64) - 1
 
+_CODECS = tuple(Codec)
 _UNDERSTOOD: frozenset[int] = frozenset()
 
 assert _HEADER.size == HEADER_SIZE == _START.size + _FIELDS.size
@@ -123,15 +123,14 @@ class UnknownExtension(MalformedBatch):
     """The batch has an extension that must be understood, and is not."""
 
 
-@dataclass(frozen=True, slots=True)
-class BatchHeader:
+class BatchHeader(NamedTuple):
     """The header of a batch, checked. Fields as in the module's docstring; `length` and `body_offset` in bytes."""
 
     length: int
     crc: int
     flags: int
     codec: Codec
-    count: int
+    count: int  # type: ignore[assignment]  # of messages; nobody counts the values of a header
     min_slot: int
     max_slot: int
     producer_id: bytes
@@ -226,7 +225,7 @@ def parse_header(data: bytes | memoryview, *, check: bool = True) -> BatchHeader
             raise MalformedBatch(f"batch has a wrong checksum: stored=`{crc:08x}` computed=`{computed:08x}`")
     if flags & ~KEYED or codec > Codec.ZSTD:
         raise MalformedBatch(f"batch has unknown flags or an unknown codec: flags=`{flags}` codec=`{codec}`")
-    header = BatchHeader(length, crc, flags, Codec(codec), count, *rest)
+    header = BatchHeader(length, crc, flags, _CODECS[codec], count, *rest)
     _check_header(header)
     if check:
         _check_slots(data, header)

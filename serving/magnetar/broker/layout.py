@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from hashlib import blake2b
 from itertools import pairwise
 
 from magnetar.metadata.records import LayoutShard, ShardRecord, ShardState, TopicRecord
@@ -44,12 +43,10 @@ def shard_of(record: TopicRecord, shard_id: int) -> LayoutShard | None:
 
 
 def preferred_broker(shard_id: int, brokers: Iterable[str]) -> str | None:
-    """The broker with the highest rendezvous hash: a hint that needs no agreement. None without brokers.
+    """The broker whose turn the shard's id is, by name: a hint that needs no agreement. None without brokers.
 
-    When a broker comes or goes, only the shards it wins or had won change their preference.
+    Ids follow each other, so brokers get equally many of the shards that come one after another; and the shards of one
+    that goes are spread over the others as evenly, since n and n - 1 have no common divisor.
     """
-    return max(brokers, key=lambda broker: (_weight(shard_id, broker), broker), default=None)
-
-
-def _weight(shard_id: int, broker: str) -> bytes:
-    return blake2b(broker.encode(), digest_size=8, key=shard_id.to_bytes(8, "big")).digest()
+    ordered = sorted(brokers)
+    return ordered[shard_id % len(ordered)] if ordered else None

@@ -2,7 +2,7 @@
 
 1. The broker's session is its registration key. Without one nothing is claimed; what is open goes on being served.
 2. A shard is claimed at first use. Owned by another living session: that broker is named. Nobody's: the preferred
-   broker, by rendezvous hash, claims it, the others name that one. The hash and every watch are hints: the claim's
+   broker, by turns of ids, claims it, the others name that one. The turn and every watch are hints: the claim's
    transaction decides, and who loses it looks again.
 3. With a new session after a lost one, the new session is put into the records still served, at the same epoch.
 4. Who leaves says so in its registration, claims nothing more, and passes on each shard in the transaction that ends

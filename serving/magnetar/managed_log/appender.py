@@ -325,7 +325,9 @@ class Appender:
             case WriteState.CLOSED:
                 return self._open if self._queue else None
             case WriteState.OPEN:
-                return {RollStep.SWITCH: self._switch, RollStep.CLOSE: self._close}.get(roll)
+                if roll is RollStep.SWITCH:
+                    return self._switch
+                return self._close if roll is RollStep.CLOSE else None
             case WriteState.LEAVING | WriteState.FINISHED:
                 return None
 

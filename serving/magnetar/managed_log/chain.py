@@ -17,6 +17,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
+from typing import NamedTuple
 
 from magnetar.metadata.records import Segment, ShardRecord
 
@@ -250,8 +251,7 @@ class RollRules:
     link_ahead: float
 
 
-@dataclass(frozen=True, slots=True)
-class OpenSegment:
+class OpenSegment(NamedTuple):
     """The ledger that is appended to.
 
     exhausted    it has so many fragments that it has to end
