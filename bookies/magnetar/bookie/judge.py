@@ -22,6 +22,7 @@ from dataclasses import dataclass, field, replace
 
 from magnetar.bookie.entry_store import Damaged, GroupWrites, LedgerMark, LedgerState
 from magnetar.ledger.bookie_rpc import (
+    STORED,
     AddGroup,
     AddResult,
     AddStatus,
@@ -33,7 +34,6 @@ from magnetar.ledger.bookie_rpc import (
 from magnetar.metadata.records import NO_ENTRY
 from magnetar.wire.envelope import HEADER_SIZE, DamagedEnvelope, Envelope, verify
 
-_OK = AddResult(AddStatus.OK)
 _CHECKSUM_OFFSET = HEADER_SIZE - 4
 
 
@@ -166,7 +166,7 @@ class _Judge:
         result.verdicts = [self._judge_item(item) for item in items]
         writes = result.writes
         changed = writes.marks or writes.forgotten or writes.deleted or writes.meta
-        result.needs_sync = bool(changed) or any(isinstance(v, AddResult) and v is _OK for v in result.verdicts)
+        result.needs_sync = bool(changed) or any(v == STORED for v in result.verdicts)
         for ledger_id, ledger in self._ledgers.items():
             result.states[ledger_id] = LedgerState(ledger.mark, ledger.last_entry, ledger.lac, ledger.tail_damage)
         return result
@@ -212,7 +212,7 @@ class _Judge:
             elif known != data:
                 return AddResult(AddStatus.CONFLICT, _conflict(envelope, known, data))
         self._accept(add.group, ledger, fresh)
-        return _OK
+        return STORED
 
     def _accept(self, group: AddGroup, ledger: _Ledger, fresh: list[tuple[Envelope, bytes]]) -> None:
         mark = ledger.mark

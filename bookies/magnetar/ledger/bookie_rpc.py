@@ -8,7 +8,7 @@ a lost connection and a timeout included, is a value, because the protocol must 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Protocol
 
@@ -49,8 +49,6 @@ class AddGroup:
     token: bytes
     entries: tuple[bytes, ...]
     recovery: bool = False
-    encoded: list[bytes] = field(default_factory=list, repr=False, compare=False)
-    """What a transport has made of it: the same group goes to several bookies."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +58,7 @@ class AddResult:
 
 
 STORED = AddResult(AddStatus.OK)
+"""What almost every add is answered with."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from magnetar.ledger.bookie_rpc import (
     ReadResult,
 )
 from magnetar.v1 import bookie_pb2 as pb
-from magnetar.wire.framing import Pieces, bytes_field, message_field, varint_field
+from magnetar.wire.framing import Pieces, bytes_field, message_field
 
 PROTOCOL_MIN = 1
 PROTOCOL_MAX = 1
@@ -30,7 +30,6 @@ ITEM_OVERHEAD_BYTES = 64
 """What an item takes in a frame beside its envelopes, generously."""
 _ITEMS_FIELD = 2
 """Groups, queries or results: in all requests and responses of streams."""
-_REQUEST_ID_FIELD = 1
 _ADDED_ENTRIES_FIELD = 6
 _READ_ENTRIES_FIELD = 3
 
@@ -49,11 +48,14 @@ def frame_of_items(items: Sequence[Pieces]) -> bytes:
 
 
 def encode_add(request_id: int, group: AddGroup) -> Pieces:
-    """All but its number is encoded once for all bookies that get the group."""
-    if not group.encoded:
-        rest = pb.AddGroup(ledger_id=group.ledger_id, epoch=group.epoch, token=group.token, recovery=group.recovery)
-        group.encoded.extend(_with_entries(rest.SerializeToString(), _ADDED_ENTRIES_FIELD, group.entries))
-    return [varint_field(_REQUEST_ID_FIELD, request_id), *group.encoded]
+    rest = pb.AddGroup(
+        request_id=request_id,
+        ledger_id=group.ledger_id,
+        epoch=group.epoch,
+        token=group.token,
+        recovery=group.recovery,
+    )
+    return _with_entries(rest.SerializeToString(), _ADDED_ENTRIES_FIELD, group.entries)
 
 
 def _with_entries(rest: bytes, field: int, entries: Iterable[bytes]) -> Pieces:

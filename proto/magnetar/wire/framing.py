@@ -23,26 +23,18 @@ def message_field(number: int, message: Pieces) -> Pieces:
     return [_start(number, sum(map(len, message))), *message]
 
 
-def varint_field(number: int, value: int) -> bytes:
-    """A field of type uint64."""
-    return _varint(number << 3) + _varint(value)
-
-
 def _start(number: int, size: int) -> bytes:
     return _varint(number << 3 | _LENGTH_DELIMITED) + _varint(size)
 
 
 def _varint(value: int) -> bytes:
-    if value < len(_SHORT):
-        return _SHORT[value]
+    if value < 1 << 7:
+        return bytes((value,))
+    if value < 1 << 14:
+        return bytes((value & 0x7F | 0x80, value >> 7))
     encoded = bytearray()
     while value > 0x7F:
         encoded.append(value & 0x7F | 0x80)
         value >>= 7
     encoded.append(value)
     return bytes(encoded)
-
-
-_SHORT: list[bytes] = []
-_SHORT += [_varint(value) for value in range(1 << 14)]
-"""What has one byte or two: most lengths of small messages."""
