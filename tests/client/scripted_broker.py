@@ -390,17 +390,18 @@ class ScriptedBroker:
                 self.cluster.changed.set()
         finally:
             broken.cancel()
-            writer.cancel()
             self.streams.discard(stream)
             for session in tuple(stream.sessions.values()):
                 self._detach(session)
             self.cluster.changed.set()
+            # gRPC never sends the status of a call whose first write was cut off: the one under way ends.
+            stream.out.put_nowait(None)
+            await asyncio.gather(writer, return_exceptions=True)
         if stream.broken.is_set():
             await context.abort(grpc.StatusCode.UNAVAILABLE, "cut by the script")
 
     async def _write(self, stream: Stream) -> None:
-        while True:
-            response = await stream.out.get()
+        while (response := await stream.out.get()) is not None and not stream.broken.is_set():
             await stream.context.write(response.SerializeToString())
 
     # --- producing ---

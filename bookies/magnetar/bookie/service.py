@@ -210,6 +210,7 @@ class _Conversation:
         self._tokens = Tokens()
         self._ready: deque[_Answer] = deque()
         self._unanswered = 0
+        self._writing = False
         self._something_ready = asyncio.Event()
         self._progress = asyncio.Event()
 
@@ -268,7 +269,8 @@ class _Conversation:
                 writer.result()
 
     async def _wait_written(self, writer: asyncio.Task[None]) -> None:
-        while self._ready and not writer.done():
+        """Returns when all answers are written; a frame that is cut off would leave no way to send the refusal."""
+        while (self._ready or self._writing) and not writer.done():
             self._progress.clear()
             await self._progress.wait()
 
@@ -286,6 +288,8 @@ class _Conversation:
                 answer = self._ready.popleft()
                 results.append(answer.pieces)
                 cost += answer.cost
+            self._writing = True
             await self._stream.write(frame_of_items(results))
+            self._writing = False
             self._unanswered -= cost
             self._progress.set()
