@@ -274,16 +274,16 @@ def test_what_could_never_be_read_again_is_refused_before_it_is_queued(writer: A
     broken = bytearray(writer(7).entry(0))
     broken[-1] ^= 1
     for bad in (
-        replace(good, entries=()),
-        replace(good, ledger_id=0),
-        replace(good, ledger_id=8),
-        replace(good, token=b""),
-        replace(good, entries=good.entries[::-1]),
-        replace(good, entries=(good.entries[0], good.entries[0])),
-        replace(good, entries=(bytes(broken),)),
-        replace(good, entries=(b"",)),
-        replace(good, entries=(encode(7, 3, 3, 1, b"lac is not below"),)),
-        replace(good, entries=(encode(7, 1 << 63, 0, 1, b"id is too high"),)),
+        good._replace(entries=()),
+        good._replace(ledger_id=0),
+        good._replace(ledger_id=8),
+        good._replace(token=b""),
+        good._replace(entries=good.entries[::-1]),
+        good._replace(entries=(good.entries[0], good.entries[0])),
+        good._replace(entries=(bytes(broken),)),
+        good._replace(entries=(b"",)),
+        good._replace(entries=(encode(7, 3, 3, 1, b"lac is not below"),)),
+        good._replace(entries=(encode(7, 1 << 63, 0, 1, b"id is too high"),)),
     ):
         with pytest.raises(DamagedEnvelope):
             check_add(bad)

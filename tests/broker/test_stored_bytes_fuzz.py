@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from magnetar.bookie.rocksdb import _SideFile
 from magnetar.broker.dedup import ProducerState, StoredBatch
 from magnetar.broker.producer_table import DamagedProducerTable, decode_states, encode_states
-from magnetar.ledger.bookie_rpc import AddStatus, EntryOutcome
+from magnetar.ledger.bookie_rpc import STORED, AddResult, AddStatus, EntryOutcome
 from magnetar.ledger.bookie_wire import (
     UnexpectedAnswer,
-    add_result_from_message,
-    lac_result_from_message,
+    add_results_from_frame,
+    frame_of_add_results,
+    lac_results_from_frame,
     read_result_from_message,
 )
 from magnetar.v1 import bookie_pb2 as pb
@@ -66,13 +67,13 @@ def test_read_results_of_a_bookie_have_an_entry_for_each_they_say_to_have(data: 
 @pytest.mark.parametrize("kind", [pb.AddEntriesResponse, pb.ReadLacResponse])
 @given(data=st.data())
 def test_other_results_of_a_bookie_are_of_a_known_kind(kind: type, data: st.DataObject) -> None:
-    sound = pb.AddEntriesResponse(results=[pb.AddResult(request_id=1, status=2, message="x")]).SerializeToString()  # type: ignore[arg-type]
+    sound = frame_of_add_results([(1, AddResult(AddStatus.FENCED, "x")), (2, STORED), (300, STORED)])
     with suppress(DecodeError):
-        for message in kind.FromString(data.draw(st.binary(max_size=80) | damaged(sound))).results:  # type: ignore[attr-defined]
-            if kind is pb.AddEntriesResponse:
-                assert isinstance(add_result_from_message(message).status, AddStatus)
-            else:
-                assert isinstance(lac_result_from_message(message).outcome, EntryOutcome)
+        frame = kind.FromString(data.draw(st.binary(max_size=80) | damaged(sound)))  # type: ignore[attr-defined]
+        if kind is pb.AddEntriesResponse:
+            assert all(isinstance(result.status, AddStatus) for _, result in add_results_from_frame(frame))
+        else:
+            assert all(isinstance(result.outcome, EntryOutcome) for _, result in lac_results_from_frame(frame))
 
 
 @given(chosen=st.binary(max_size=40), count=st.integers(0, 300))

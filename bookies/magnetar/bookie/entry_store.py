@@ -15,7 +15,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from magnetar.metadata.records import NO_ENTRY
 
@@ -86,8 +86,7 @@ def decode_mark(data: bytes) -> LedgerMark | Damaged:
     return LedgerMark(data[_MARK.size :], epoch, bool(flags & _FENCED), bool(flags & _STORED), deleted_us)
 
 
-@dataclass(frozen=True, slots=True)
-class LedgerState:
+class LedgerState(NamedTuple):
     """A ledger as it stands here. `last_entry` and its `lac` are NO_ENTRY without entries.
 
     A Damaged mark says nothing at all; with `tail_damage` set last_entry and lac mean nothing.

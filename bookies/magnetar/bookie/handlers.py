@@ -156,4 +156,4 @@ def check_add(group: AddGroup) -> Add:
             raise DamagedEnvelope(f"lac is not below the entry: entry=`{envelope.entry_id}` lac=`{envelope.lac}`")
         previous = envelope.entry_id
         envelopes.append(envelope)
-    return Add(group, tuple(envelopes), size_bytes)
+    return Add(group.ledger_id, group, tuple(envelopes), size_bytes)

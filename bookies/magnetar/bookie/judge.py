@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from magnetar.bookie.entry_store import Damaged, GroupWrites, LedgerMark, LedgerState
 from magnetar.ledger.bookie_rpc import (
@@ -37,17 +38,13 @@ from magnetar.wire.envelope import HEADER_SIZE, DamagedEnvelope, Envelope, verif
 _CHECKSUM_OFFSET = HEADER_SIZE - 4
 
 
-@dataclass(frozen=True, slots=True)
-class Add:
+class Add(NamedTuple):
     """Entries to store, their envelopes verified, ids ascending."""
 
+    ledger_id: int
     group: AddGroup
     envelopes: tuple[Envelope, ...]
     size_bytes: int
-
-    @property
-    def ledger_id(self) -> int:
-        return self.group.ledger_id
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from google.protobuf.message import Message
@@ -19,15 +20,16 @@ from google.protobuf.message import Message
 from magnetar.bookie.entry_store import ENTRIES_PER_READ_MAX, StoreDamaged
 from magnetar.bookie.handlers import BookieHandlers, LedgerFacts
 from magnetar.bookie.reads import READ_BYTES_MAX
+from magnetar.ledger.bookie_rpc import ReadResult
 from magnetar.ledger.bookie_wire import (
     FRAME_BYTES_MAX,
     ITEM_OVERHEAD_BYTES,
     PROTOCOL_MAX,
     PROTOCOL_MIN,
     add_from_message,
-    encode_add_result,
     encode_lac_result,
     encode_read_result,
+    frame_of_add_results,
     frame_of_items,
     lac_from_message,
     read_from_message,
@@ -36,7 +38,6 @@ from magnetar.node.rpc import MESSAGE_BYTES_MAX, Refused, ServerStream, Service,
 from magnetar.v1 import bookie_pb2 as pb
 from magnetar.v1 import common_pb2
 from magnetar.wire.envelope import HEADER_SIZE
-from magnetar.wire.framing import Pieces
 
 UNANSWERED_BYTES_MAX = 4 << 20
 """Of a stream: what the answers to its unanswered calls may hold, and those not yet taken by the client."""
@@ -71,7 +72,10 @@ class Exchange:
     items: Callable[[Any], Sequence[Any]]
     call: Callable[[Any, Tokens], asyncio.Future[Any]]
     cost: Callable[[Any], int]
-    encode: Callable[[int, Any], Pieces]
+    size: Callable[[Any], int]
+    """What a result takes in a frame."""
+    frame: Callable[[Sequence[tuple[int, Any]]], bytes]
+    """Of results by request id."""
     response: Callable[..., Any]
 
 
@@ -94,7 +98,8 @@ class BookieService:
             lambda frame: frame.groups,
             lambda item, tokens: handlers.add(add_from_message(item, tokens.of(item.ledger_id, item.token))),
             lambda item: ANSWER_BYTES,
-            encode_add_result,
+            lambda result: ITEM_OVERHEAD_BYTES + len(result.message),
+            frame_of_add_results,
             pb.AddEntriesResponse,
         )
         self._reads = Exchange(
@@ -102,7 +107,8 @@ class BookieService:
             lambda frame: frame.groups,
             lambda item, tokens: handlers.read(read_from_message(item, tokens.of(item.ledger_id, item.token))),
             _read_cost,
-            encode_read_result,
+            _read_size,
+            lambda answers: frame_of_items([encode_read_result(*answer) for answer in answers]),
             pb.ReadEntriesResponse,
         )
         self._lacs = Exchange(
@@ -110,7 +116,8 @@ class BookieService:
             lambda frame: frame.queries,
             lambda item, tokens: handlers.read_lac(lac_from_message(item, tokens.of(item.ledger_id, item.token))),
             lambda item: ANSWER_BYTES,
-            encode_lac_result,
+            lambda result: ITEM_OVERHEAD_BYTES + len(result.message),
+            lambda answers: frame_of_items([encode_lac_result(*answer) for answer in answers]),
             pb.ReadLacResponse,
         )
 
@@ -178,6 +185,10 @@ def _read_cost(item: pb.ReadGroup) -> int:
     return ANSWER_BYTES + (min(whole, HEADER_SIZE * ENTRIES_PER_READ_MAX) if item.headers_only else whole)
 
 
+def _read_size(result: ReadResult) -> int:
+    return sum(ITEM_OVERHEAD_BYTES + len(answer.entry or b"") for answer in result.answers)
+
+
 def _ledgers_frame(ledgers: Iterable[LedgerFacts]) -> pb.ListLedgersResponse:
     return pb.ListLedgersResponse(
         ledgers=[
@@ -185,12 +196,6 @@ def _ledgers_frame(ledgers: Iterable[LedgerFacts]) -> pb.ListLedgersResponse:
             for facts in ledgers
         ]
     )
-
-
-@dataclass(frozen=True, slots=True)
-class _Answer:
-    pieces: Pieces
-    cost: int
 
 
 class _Conversation:
@@ -208,7 +213,8 @@ class _Conversation:
         self._room = room
         self._unanswered_max = unanswered_max
         self._tokens = Tokens()
-        self._ready: deque[_Answer] = deque()
+        self._ready: deque[tuple[int, Any, int]] = deque()
+        """Request id, result, cost."""
         self._unanswered = 0
         self._writing = False
         self._something_ready = asyncio.Event()
@@ -251,14 +257,11 @@ class _Conversation:
         await self._room()
 
     def _call(self, item: Any, cost: int) -> None:
-        request_id = item.request_id
-        future = self._exchange.call(item, self._tokens)
+        self._exchange.call(item, self._tokens).add_done_callback(partial(self._answered, item.request_id, cost))
 
-        def answered(done: asyncio.Future[Any]) -> None:
-            self._ready.append(_Answer(self._exchange.encode(request_id, done.result()), cost))
-            self._something_ready.set()
-
-        future.add_done_callback(answered)
+    def _answered(self, request_id: int, cost: int, done: asyncio.Future[Any]) -> None:
+        self._ready.append((request_id, done.result(), cost))
+        self._something_ready.set()
 
     async def _wait_below(self, limit: int, writer: asyncio.Task[None]) -> None:
         """Returns when at most `limit` is unanswered; raises what ended the writer."""
@@ -279,17 +282,24 @@ class _Conversation:
             if not self._ready:
                 self._something_ready.clear()
                 await self._something_ready.wait()
-            results: list[Pieces] = []
-            size_bytes = cost = 0
-            while self._ready:
-                size_bytes += sum(map(len, self._ready[0].pieces)) + ITEM_OVERHEAD_BYTES
-                if results and size_bytes > FRAME_BYTES_MAX:
-                    break
-                answer = self._ready.popleft()
-                results.append(answer.pieces)
-                cost += answer.cost
+            frame, cost = self._next_frame()
             self._writing = True
-            await self._stream.write(frame_of_items(results))
+            await self._stream.write(frame)
             self._writing = False
             self._unanswered -= cost
             self._progress.set()
+
+    def _next_frame(self) -> tuple[bytes, int]:
+        """Of all that is ready and fits, and what that cost."""
+        ready, size_of = self._ready, self._exchange.size
+        answers: list[tuple[int, Any]] = []
+        size_bytes = cost = 0
+        while ready:
+            request_id, result, result_cost = ready[0]
+            size_bytes += size_of(result)
+            if answers and size_bytes > FRAME_BYTES_MAX:
+                break
+            ready.popleft()
+            answers.append((request_id, result))
+            cost += result_cost
+        return self._exchange.frame(answers), cost

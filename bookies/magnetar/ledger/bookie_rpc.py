@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from magnetar.metadata.records import BookieRegistration
 
@@ -40,8 +40,7 @@ class EntryOutcome(Enum):
     UNKNOWN = 3
 
 
-@dataclass(frozen=True, slots=True)
-class AddGroup:
+class AddGroup(NamedTuple):
     """Entries of one ledger, judged, stored and answered as one. At most 1 MiB of envelopes, or exactly one entry."""
 
     ledger_id: int
@@ -51,8 +50,7 @@ class AddGroup:
     recovery: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class AddResult:
+class AddResult(NamedTuple):
     status: AddStatus
     message: str = ""
 

@@ -5,7 +5,7 @@ What is sent is encoded into pieces, so that envelopes are copied once, into the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from magnetar.ledger.bookie_rpc import (
     STORED,
@@ -33,7 +33,6 @@ _ITEMS_FIELD = 2
 _ADDED_ENTRIES_FIELD = 6
 _READ_ENTRIES_FIELD = 3
 
-_OK = AddStatus.OK.value
 _STATUSES: Mapping[int, AddStatus] = {status.value: status for status in AddStatus if status is not AddStatus.NO_ANSWER}
 _OUTCOMES: Mapping[int, EntryOutcome] = {outcome.value: outcome for outcome in EntryOutcome}
 
@@ -69,15 +68,29 @@ def add_from_message(message: pb.AddGroup, token: bytes) -> AddGroup:
     return AddGroup(message.ledger_id, message.epoch, token, tuple(message.entries), message.recovery)
 
 
-def encode_add_result(request_id: int, result: AddResult) -> Pieces:
-    message = pb.AddResult(request_id=request_id, status=result.status.value, message=result.message)  # type: ignore[arg-type]
-    return [message.SerializeToString()]
+def frame_of_add_results(answers: Iterable[tuple[int, AddResult]]) -> bytes:
+    """A response with these answers, by request id."""
+    frame = pb.AddEntriesResponse()
+    stored = []
+    for request_id, result in answers:
+        if result == STORED:
+            stored.append(request_id)
+        else:
+            frame.results.add(request_id=request_id, status=result.status.value, message=result.message)
+    frame.stored.extend(stored)
+    return frame.SerializeToString()
+
+
+def add_results_from_frame(frame: pb.AddEntriesResponse) -> Iterator[tuple[int, AddResult]]:
+    """The answers by request id."""
+    for request_id in frame.stored:
+        yield request_id, STORED
+    for message in frame.results:
+        yield message.request_id, add_result_from_message(message)
 
 
 def add_result_from_message(message: pb.AddResult) -> AddResult:
     """A status this program does not know is a failure of the bookie, no more."""
-    if message.status == _OK and not message.message:
-        return STORED
     return AddResult(_STATUSES.get(message.status, AddStatus.IO_ERROR), message.message)
 
 
@@ -119,6 +132,15 @@ def encode_read_result(request_id: int, result: ReadResult) -> Pieces:
     return _with_entries(rest.SerializeToString(), _READ_ENTRIES_FIELD, entries)
 
 
+def read_results_from_frame(frame: pb.ReadEntriesResponse) -> Iterator[tuple[int, ReadResult]]:
+    """The answers by request id; one that contradicts itself is none."""
+    for message in frame.results:
+        try:
+            yield message.request_id, read_result_from_message(message)
+        except UnexpectedAnswer as unexpected:
+            yield message.request_id, ReadResult((EntryAnswer(EntryOutcome.UNKNOWN),), str(unexpected))
+
+
 def read_result_from_message(message: pb.ReadResult) -> ReadResult:
     """Raises UnexpectedAnswer if there are no outcomes, or not one entry for each HAVE."""
     outcomes = [_OUTCOMES.get(outcome, EntryOutcome.UNKNOWN) for outcome in message.outcomes]
@@ -155,6 +177,11 @@ def encode_lac_result(request_id: int, result: LacResult) -> Pieces:
         message=result.message,
     )
     return [message.SerializeToString()]
+
+
+def lac_results_from_frame(frame: pb.ReadLacResponse) -> Iterator[tuple[int, LacResult]]:
+    """The answers by request id."""
+    return ((message.request_id, lac_result_from_message(message)) for message in frame.results)
 
 
 def lac_result_from_message(message: pb.LacResult) -> LacResult:

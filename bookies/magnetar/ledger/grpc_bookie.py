@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -34,14 +34,13 @@ from magnetar.ledger.bookie_wire import (
     ITEM_OVERHEAD_BYTES,
     PROTOCOL_MAX,
     PROTOCOL_MIN,
-    UnexpectedAnswer,
-    add_result_from_message,
+    add_results_from_frame,
     encode_add,
     encode_lac,
     encode_read,
     frame_of_items,
-    lac_result_from_message,
-    read_result_from_message,
+    lac_results_from_frame,
+    read_results_from_frame,
 )
 from magnetar.ledger.deadlines import Deadlines
 from magnetar.v1 import bookie_pb2 as pb
@@ -89,7 +88,7 @@ class _Kind(Generic[ItemT, ResultT]):
     request: Callable[..., Any]
     response: Callable[[], Any]
     encode: Callable[[int, ItemT], Pieces]
-    decode: Callable[[Any], ResultT]
+    results: Callable[[Any], Iterable[tuple[int, ResultT]]]
     lost: Callable[[str], ResultT]
     refused: Callable[[str], ResultT]
 
@@ -115,7 +114,7 @@ _ADDS: _Kind[AddGroup, AddResult] = _Kind(
     pb.AddEntriesRequest,
     pb.AddEntriesResponse,
     encode_add,
-    add_result_from_message,
+    add_results_from_frame,
     _no_add,
     _busy,
 )
@@ -124,7 +123,7 @@ _READS: _Kind[ReadGroup, ReadResult] = _Kind(
     pb.ReadEntriesRequest,
     pb.ReadEntriesResponse,
     encode_read,
-    read_result_from_message,
+    read_results_from_frame,
     _no_read,
     _no_read,
 )
@@ -133,7 +132,7 @@ _LACS: _Kind[LacQuery, LacResult] = _Kind(
     pb.ReadLacRequest,
     pb.ReadLacResponse,
     encode_lac,
-    lac_result_from_message,
+    lac_results_from_frame,
     _no_lac,
     _no_lac,
 )
@@ -350,19 +349,13 @@ class _Pipe(Generic[ItemT, ResultT]):
     async def _receive(self, stream: Any) -> None:
         while True:
             frame = self._parse(await stream.read())
-            for message in frame.results:
-                one = self._sent.pop(message.request_id, None)
+            for request_id, result in self._kind.results(frame):
+                one = self._sent.pop(request_id, None)
                 if one is None:
                     continue
                 self._held_bytes -= one.held_bytes
                 if not one.future.done():
-                    one.future.set_result(self._decode(message))
-
-    def _decode(self, message: Any) -> ResultT:
-        try:
-            return self._kind.decode(message)
-        except UnexpectedAnswer as unexpected:
-            return self._kind.lost(str(unexpected))
+                    one.future.set_result(result)
 
     def _parse(self, data: Any) -> Any:
         """Raises StreamLost for the end, an error frame, and bytes that are no frame."""

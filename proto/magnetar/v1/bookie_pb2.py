@@ -26,51 +26,51 @@ from magnetar.v1 import common_pb2 as magnetar_dot_v1_dot_common__pb2
 from magnetar.v1 import metadata_pb2 as magnetar_dot_v1_dot_metadata__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18magnetar/v1/bookie.proto\x12\x0bmagnetar.v1\x1a\x18magnetar/v1/common.proto\x1a\x1amagnetar/v1/metadata.proto\"]\n\x11\x41\x64\x64\x45ntriesRequest\x12!\n\x05hello\x18\x01 \x01(\x0b\x32\x12.magnetar.v1.Hello\x12%\n\x06groups\x18\x02 \x03(\x0b\x32\x15.magnetar.v1.AddGroup\"r\n\x08\x41\x64\x64Group\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\x11\n\tledger_id\x18\x02 \x01(\x04\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\r\n\x05token\x18\x04 \x01(\x0c\x12\x10\n\x08recovery\x18\x05 \x01(\x08\x12\x0f\n\x07\x65ntries\x18\x06 \x03(\x0c\"\x88\x01\n\x12\x41\x64\x64\x45ntriesResponse\x12&\n\x05hello\x18\x01 \x01(\x0b\x32\x17.magnetar.v1.HelloReply\x12\'\n\x07results\x18\x02 \x03(\x0b\x32\x16.magnetar.v1.AddResult\x12!\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x12.magnetar.v1.Error\"X\n\tAddResult\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12&\n\x06status\x18\x02 \x01(\x0e\x32\x16.magnetar.v1.AddStatus\x12\x0f\n\x07message\x18\x03 \x01(\t\"_\n\x12ReadEntriesRequest\x12!\n\x05hello\x18\x01 \x01(\x0b\x32\x12.magnetar.v1.Hello\x12&\n\x06groups\x18\x02 \x03(\x0b\x32\x16.magnetar.v1.ReadGroup\"\xb1\x01\n\tReadGroup\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\x11\n\tledger_id\x18\x02 \x01(\x04\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\r\n\x05token\x18\x04 \x01(\x0c\x12\r\n\x05\x66\x65nce\x18\x05 \x01(\x08\x12\x13\n\x0b\x66irst_entry\x18\x06 \x01(\x04\x12\x12\n\nlast_entry\x18\x07 \x01(\x04\x12\x11\n\tmax_bytes\x18\x08 \x01(\r\x12\x14\n\x0cheaders_only\x18\t \x01(\x08\"\x8a\x01\n\x13ReadEntriesResponse\x12&\n\x05hello\x18\x01 \x01(\x0b\x32\x17.magnetar.v1.HelloReply\x12(\n\x07results\x18\x02 \x03(\x0b\x32\x17.magnetar.v1.ReadResult\x12!\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x12.magnetar.v1.Error\"o\n\nReadResult\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12+\n\x08outcomes\x18\x02 \x03(\x0e\x32\x19.magnetar.v1.EntryOutcome\x12\x0f\n\x07\x65ntries\x18\x03 \x03(\x0c\x12\x0f\n\x07message\x18\x04 \x01(\t\"[\n\x0eReadLacRequest\x12!\n\x05hello\x18\x01 \x01(\x0b\x32\x12.magnetar.v1.Hello\x12&\n\x07queries\x18\x02 \x03(\x0b\x32\x15.magnetar.v1.LacQuery\"^\n\x08LacQuery\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\x11\n\tledger_id\x18\x02 \x01(\x04\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\r\n\x05token\x18\x04 \x01(\x0c\x12\r\n\x05\x66\x65nce\x18\x05 \x01(\x08\"\x85\x01\n\x0fReadLacResponse\x12&\n\x05hello\x18\x01 \x01(\x0b\x32\x17.magnetar.v1.HelloReply\x12\'\n\x07results\x18\x02 \x03(\x0b\x32\x16.magnetar.v1.LacResult\x12!\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x12.magnetar.v1.Error\"\x9c\x01\n\tLacResult\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12*\n\x07outcome\x18\x02 \x01(\x0e\x32\x19.magnetar.v1.EntryOutcome\x12\x0b\n\x03lac\x18\x03 \x01(\x12\x12\x12\n\nlast_entry\x18\x04 \x01(\x12\x12\x0e\n\x06\x66\x65nced\x18\x05 \x01(\x08\x12\r\n\x05\x65poch\x18\x06 \x01(\x04\x12\x0f\n\x07message\x18\x07 \x01(\t\"\x14\n\x12ListLedgersRequest\"A\n\x13ListLedgersResponse\x12*\n\x07ledgers\x18\x01 \x03(\x0b\x32\x19.magnetar.v1.StoredLedger\"O\n\x0cStoredLedger\x12\x11\n\tledger_id\x18\x01 \x01(\x04\x12\x0e\n\x06\x66\x65nced\x18\x02 \x01(\x08\x12\r\n\x05limbo\x18\x03 \x01(\x08\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\"\x0f\n\rStatusRequest\"\xcc\x01\n\x0eStatusResponse\x12\x11\n\tbookie_id\x18\x01 \x01(\t\x12\'\n\x05state\x18\x02 \x01(\x0e\x32\x18.magnetar.v1.BookieState\x12\x17\n\x0f\x64isk_free_bytes\x18\x03 \x01(\x04\x12\x18\n\x10\x64isk_total_bytes\x18\x04 \x01(\x04\x12\x14\n\x0cstored_bytes\x18\x05 \x01(\x04\x12\x15\n\rgarbage_bytes\x18\x06 \x01(\x04\x12\x0f\n\x07ledgers\x18\x07 \x01(\x04\x12\r\n\x05limbo\x18\x08 \x01(\x08*\x9c\x02\n\tAddStatus\x12\x1a\n\x16\x41\x44\x44_STATUS_UNSPECIFIED\x10\x00\x12\x11\n\rADD_STATUS_OK\x10\x01\x12\x15\n\x11\x41\x44\x44_STATUS_FENCED\x10\x02\x12\x1a\n\x16\x41\x44\x44_STATUS_STALE_EPOCH\x10\x03\x12\x18\n\x14\x41\x44\x44_STATUS_READ_ONLY\x10\x04\x12\x16\n\x12\x41\x44\x44_STATUS_REFUSED\x10\x05\x12\x13\n\x0f\x41\x44\x44_STATUS_BUSY\x10\x06\x12\x17\n\x13\x41\x44\x44_STATUS_CONFLICT\x10\x07\x12\x1a\n\x16\x41\x44\x44_STATUS_WRONG_TOKEN\x10\x08\x12\x18\n\x14\x41\x44\x44_STATUS_MALFORMED\x10\t\x12\x17\n\x13\x41\x44\x44_STATUS_IO_ERROR\x10\n*\x80\x01\n\x0c\x45ntryOutcome\x12\x1d\n\x19\x45NTRY_OUTCOME_UNSPECIFIED\x10\x00\x12\x16\n\x12\x45NTRY_OUTCOME_HAVE\x10\x01\x12\x1e\n\x1a\x45NTRY_OUTCOME_PROVABLY_NOT\x10\x02\x12\x19\n\x15\x45NTRY_OUTCOME_UNKNOWN\x10\x03\x32\x99\x03\n\rBookieService\x12Q\n\nAddEntries\x12\x1e.magnetar.v1.AddEntriesRequest\x1a\x1f.magnetar.v1.AddEntriesResponse(\x01\x30\x01\x12T\n\x0bReadEntries\x12\x1f.magnetar.v1.ReadEntriesRequest\x1a .magnetar.v1.ReadEntriesResponse(\x01\x30\x01\x12H\n\x07ReadLac\x12\x1b.magnetar.v1.ReadLacRequest\x1a\x1c.magnetar.v1.ReadLacResponse(\x01\x30\x01\x12R\n\x0bListLedgers\x12\x1f.magnetar.v1.ListLedgersRequest\x1a .magnetar.v1.ListLedgersResponse0\x01\x12\x41\n\x06Status\x12\x1a.magnetar.v1.StatusRequest\x1a\x1b.magnetar.v1.StatusResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18magnetar/v1/bookie.proto\x12\x0bmagnetar.v1\x1a\x18magnetar/v1/common.proto\x1a\x1amagnetar/v1/metadata.proto\"]\n\x11\x41\x64\x64\x45ntriesRequest\x12!\n\x05hello\x18\x01 \x01(\x0b\x32\x12.magnetar.v1.Hello\x12%\n\x06groups\x18\x02 \x03(\x0b\x32\x15.magnetar.v1.AddGroup\"r\n\x08\x41\x64\x64Group\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\x11\n\tledger_id\x18\x02 \x01(\x04\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\r\n\x05token\x18\x04 \x01(\x0c\x12\x10\n\x08recovery\x18\x05 \x01(\x08\x12\x0f\n\x07\x65ntries\x18\x06 \x03(\x0c\"\x98\x01\n\x12\x41\x64\x64\x45ntriesResponse\x12&\n\x05hello\x18\x01 \x01(\x0b\x32\x17.magnetar.v1.HelloReply\x12\'\n\x07results\x18\x02 \x03(\x0b\x32\x16.magnetar.v1.AddResult\x12!\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x12.magnetar.v1.Error\x12\x0e\n\x06stored\x18\x04 \x03(\x04\"X\n\tAddResult\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12&\n\x06status\x18\x02 \x01(\x0e\x32\x16.magnetar.v1.AddStatus\x12\x0f\n\x07message\x18\x03 \x01(\t\"_\n\x12ReadEntriesRequest\x12!\n\x05hello\x18\x01 \x01(\x0b\x32\x12.magnetar.v1.Hello\x12&\n\x06groups\x18\x02 \x03(\x0b\x32\x16.magnetar.v1.ReadGroup\"\xb1\x01\n\tReadGroup\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\x11\n\tledger_id\x18\x02 \x01(\x04\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\r\n\x05token\x18\x04 \x01(\x0c\x12\r\n\x05\x66\x65nce\x18\x05 \x01(\x08\x12\x13\n\x0b\x66irst_entry\x18\x06 \x01(\x04\x12\x12\n\nlast_entry\x18\x07 \x01(\x04\x12\x11\n\tmax_bytes\x18\x08 \x01(\r\x12\x14\n\x0cheaders_only\x18\t \x01(\x08\"\x8a\x01\n\x13ReadEntriesResponse\x12&\n\x05hello\x18\x01 \x01(\x0b\x32\x17.magnetar.v1.HelloReply\x12(\n\x07results\x18\x02 \x03(\x0b\x32\x17.magnetar.v1.ReadResult\x12!\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x12.magnetar.v1.Error\"o\n\nReadResult\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12+\n\x08outcomes\x18\x02 \x03(\x0e\x32\x19.magnetar.v1.EntryOutcome\x12\x0f\n\x07\x65ntries\x18\x03 \x03(\x0c\x12\x0f\n\x07message\x18\x04 \x01(\t\"[\n\x0eReadLacRequest\x12!\n\x05hello\x18\x01 \x01(\x0b\x32\x12.magnetar.v1.Hello\x12&\n\x07queries\x18\x02 \x03(\x0b\x32\x15.magnetar.v1.LacQuery\"^\n\x08LacQuery\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\x11\n\tledger_id\x18\x02 \x01(\x04\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\r\n\x05token\x18\x04 \x01(\x0c\x12\r\n\x05\x66\x65nce\x18\x05 \x01(\x08\"\x85\x01\n\x0fReadLacResponse\x12&\n\x05hello\x18\x01 \x01(\x0b\x32\x17.magnetar.v1.HelloReply\x12\'\n\x07results\x18\x02 \x03(\x0b\x32\x16.magnetar.v1.LacResult\x12!\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x12.magnetar.v1.Error\"\x9c\x01\n\tLacResult\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12*\n\x07outcome\x18\x02 \x01(\x0e\x32\x19.magnetar.v1.EntryOutcome\x12\x0b\n\x03lac\x18\x03 \x01(\x12\x12\x12\n\nlast_entry\x18\x04 \x01(\x12\x12\x0e\n\x06\x66\x65nced\x18\x05 \x01(\x08\x12\r\n\x05\x65poch\x18\x06 \x01(\x04\x12\x0f\n\x07message\x18\x07 \x01(\t\"\x14\n\x12ListLedgersRequest\"A\n\x13ListLedgersResponse\x12*\n\x07ledgers\x18\x01 \x03(\x0b\x32\x19.magnetar.v1.StoredLedger\"O\n\x0cStoredLedger\x12\x11\n\tledger_id\x18\x01 \x01(\x04\x12\x0e\n\x06\x66\x65nced\x18\x02 \x01(\x08\x12\r\n\x05limbo\x18\x03 \x01(\x08\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\"\x0f\n\rStatusRequest\"\xcc\x01\n\x0eStatusResponse\x12\x11\n\tbookie_id\x18\x01 \x01(\t\x12\'\n\x05state\x18\x02 \x01(\x0e\x32\x18.magnetar.v1.BookieState\x12\x17\n\x0f\x64isk_free_bytes\x18\x03 \x01(\x04\x12\x18\n\x10\x64isk_total_bytes\x18\x04 \x01(\x04\x12\x14\n\x0cstored_bytes\x18\x05 \x01(\x04\x12\x15\n\rgarbage_bytes\x18\x06 \x01(\x04\x12\x0f\n\x07ledgers\x18\x07 \x01(\x04\x12\r\n\x05limbo\x18\x08 \x01(\x08*\x9c\x02\n\tAddStatus\x12\x1a\n\x16\x41\x44\x44_STATUS_UNSPECIFIED\x10\x00\x12\x11\n\rADD_STATUS_OK\x10\x01\x12\x15\n\x11\x41\x44\x44_STATUS_FENCED\x10\x02\x12\x1a\n\x16\x41\x44\x44_STATUS_STALE_EPOCH\x10\x03\x12\x18\n\x14\x41\x44\x44_STATUS_READ_ONLY\x10\x04\x12\x16\n\x12\x41\x44\x44_STATUS_REFUSED\x10\x05\x12\x13\n\x0f\x41\x44\x44_STATUS_BUSY\x10\x06\x12\x17\n\x13\x41\x44\x44_STATUS_CONFLICT\x10\x07\x12\x1a\n\x16\x41\x44\x44_STATUS_WRONG_TOKEN\x10\x08\x12\x18\n\x14\x41\x44\x44_STATUS_MALFORMED\x10\t\x12\x17\n\x13\x41\x44\x44_STATUS_IO_ERROR\x10\n*\x80\x01\n\x0c\x45ntryOutcome\x12\x1d\n\x19\x45NTRY_OUTCOME_UNSPECIFIED\x10\x00\x12\x16\n\x12\x45NTRY_OUTCOME_HAVE\x10\x01\x12\x1e\n\x1a\x45NTRY_OUTCOME_PROVABLY_NOT\x10\x02\x12\x19\n\x15\x45NTRY_OUTCOME_UNKNOWN\x10\x03\x32\x99\x03\n\rBookieService\x12Q\n\nAddEntries\x12\x1e.magnetar.v1.AddEntriesRequest\x1a\x1f.magnetar.v1.AddEntriesResponse(\x01\x30\x01\x12T\n\x0bReadEntries\x12\x1f.magnetar.v1.ReadEntriesRequest\x1a .magnetar.v1.ReadEntriesResponse(\x01\x30\x01\x12H\n\x07ReadLac\x12\x1b.magnetar.v1.ReadLacRequest\x1a\x1c.magnetar.v1.ReadLacResponse(\x01\x30\x01\x12R\n\x0bListLedgers\x12\x1f.magnetar.v1.ListLedgersRequest\x1a .magnetar.v1.ListLedgersResponse0\x01\x12\x41\n\x06Status\x12\x1a.magnetar.v1.StatusRequest\x1a\x1b.magnetar.v1.StatusResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'magnetar.v1.bookie_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ADDSTATUS']._serialized_start=1945
-  _globals['_ADDSTATUS']._serialized_end=2229
-  _globals['_ENTRYOUTCOME']._serialized_start=2232
-  _globals['_ENTRYOUTCOME']._serialized_end=2360
+  _globals['_ADDSTATUS']._serialized_start=1961
+  _globals['_ADDSTATUS']._serialized_end=2245
+  _globals['_ENTRYOUTCOME']._serialized_start=2248
+  _globals['_ENTRYOUTCOME']._serialized_end=2376
   _globals['_ADDENTRIESREQUEST']._serialized_start=95
   _globals['_ADDENTRIESREQUEST']._serialized_end=188
   _globals['_ADDGROUP']._serialized_start=190
   _globals['_ADDGROUP']._serialized_end=304
   _globals['_ADDENTRIESRESPONSE']._serialized_start=307
-  _globals['_ADDENTRIESRESPONSE']._serialized_end=443
-  _globals['_ADDRESULT']._serialized_start=445
-  _globals['_ADDRESULT']._serialized_end=533
-  _globals['_READENTRIESREQUEST']._serialized_start=535
-  _globals['_READENTRIESREQUEST']._serialized_end=630
-  _globals['_READGROUP']._serialized_start=633
-  _globals['_READGROUP']._serialized_end=810
-  _globals['_READENTRIESRESPONSE']._serialized_start=813
-  _globals['_READENTRIESRESPONSE']._serialized_end=951
-  _globals['_READRESULT']._serialized_start=953
-  _globals['_READRESULT']._serialized_end=1064
-  _globals['_READLACREQUEST']._serialized_start=1066
-  _globals['_READLACREQUEST']._serialized_end=1157
-  _globals['_LACQUERY']._serialized_start=1159
-  _globals['_LACQUERY']._serialized_end=1253
-  _globals['_READLACRESPONSE']._serialized_start=1256
-  _globals['_READLACRESPONSE']._serialized_end=1389
-  _globals['_LACRESULT']._serialized_start=1392
-  _globals['_LACRESULT']._serialized_end=1548
-  _globals['_LISTLEDGERSREQUEST']._serialized_start=1550
-  _globals['_LISTLEDGERSREQUEST']._serialized_end=1570
-  _globals['_LISTLEDGERSRESPONSE']._serialized_start=1572
-  _globals['_LISTLEDGERSRESPONSE']._serialized_end=1637
-  _globals['_STOREDLEDGER']._serialized_start=1639
-  _globals['_STOREDLEDGER']._serialized_end=1718
-  _globals['_STATUSREQUEST']._serialized_start=1720
-  _globals['_STATUSREQUEST']._serialized_end=1735
-  _globals['_STATUSRESPONSE']._serialized_start=1738
-  _globals['_STATUSRESPONSE']._serialized_end=1942
-  _globals['_BOOKIESERVICE']._serialized_start=2363
-  _globals['_BOOKIESERVICE']._serialized_end=2772
+  _globals['_ADDENTRIESRESPONSE']._serialized_end=459
+  _globals['_ADDRESULT']._serialized_start=461
+  _globals['_ADDRESULT']._serialized_end=549
+  _globals['_READENTRIESREQUEST']._serialized_start=551
+  _globals['_READENTRIESREQUEST']._serialized_end=646
+  _globals['_READGROUP']._serialized_start=649
+  _globals['_READGROUP']._serialized_end=826
+  _globals['_READENTRIESRESPONSE']._serialized_start=829
+  _globals['_READENTRIESRESPONSE']._serialized_end=967
+  _globals['_READRESULT']._serialized_start=969
+  _globals['_READRESULT']._serialized_end=1080
+  _globals['_READLACREQUEST']._serialized_start=1082
+  _globals['_READLACREQUEST']._serialized_end=1173
+  _globals['_LACQUERY']._serialized_start=1175
+  _globals['_LACQUERY']._serialized_end=1269
+  _globals['_READLACRESPONSE']._serialized_start=1272
+  _globals['_READLACRESPONSE']._serialized_end=1405
+  _globals['_LACRESULT']._serialized_start=1408
+  _globals['_LACRESULT']._serialized_end=1564
+  _globals['_LISTLEDGERSREQUEST']._serialized_start=1566
+  _globals['_LISTLEDGERSREQUEST']._serialized_end=1586
+  _globals['_LISTLEDGERSRESPONSE']._serialized_start=1588
+  _globals['_LISTLEDGERSRESPONSE']._serialized_end=1653
+  _globals['_STOREDLEDGER']._serialized_start=1655
+  _globals['_STOREDLEDGER']._serialized_end=1734
+  _globals['_STATUSREQUEST']._serialized_start=1736
+  _globals['_STATUSREQUEST']._serialized_end=1751
+  _globals['_STATUSRESPONSE']._serialized_start=1754
+  _globals['_STATUSRESPONSE']._serialized_end=1958
+  _globals['_BOOKIESERVICE']._serialized_start=2379
+  _globals['_BOOKIESERVICE']._serialized_end=2788
 # @@protoc_insertion_point(module_scope)

@@ -70,14 +70,16 @@ class AddGroup(_message.Message):
     def __init__(self, request_id: _Optional[int] = ..., ledger_id: _Optional[int] = ..., epoch: _Optional[int] = ..., token: _Optional[bytes] = ..., recovery: bool = ..., entries: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class AddEntriesResponse(_message.Message):
-    __slots__ = ("hello", "results", "error")
+    __slots__ = ("hello", "results", "error", "stored")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     RESULTS_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
+    STORED_FIELD_NUMBER: _ClassVar[int]
     hello: _common_pb2.HelloReply
     results: _containers.RepeatedCompositeFieldContainer[AddResult]
     error: _common_pb2.Error
-    def __init__(self, hello: _Optional[_Union[_common_pb2.HelloReply, _Mapping]] = ..., results: _Optional[_Iterable[_Union[AddResult, _Mapping]]] = ..., error: _Optional[_Union[_common_pb2.Error, _Mapping]] = ...) -> None: ...
+    stored: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, hello: _Optional[_Union[_common_pb2.HelloReply, _Mapping]] = ..., results: _Optional[_Iterable[_Union[AddResult, _Mapping]]] = ..., error: _Optional[_Union[_common_pb2.Error, _Mapping]] = ..., stored: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class AddResult(_message.Message):
     __slots__ = ("request_id", "status", "message")

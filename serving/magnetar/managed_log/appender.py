@@ -58,18 +58,15 @@ LAST_TIME_ATTEMPTS = 5
 class PendingBatch:
     """A batch to append: `count` messages, those of the selection (empty = all). `context` belongs to the caller."""
 
-    __slots__ = ("context", "count", "data", "first_offset", "selection")
+    __slots__ = ("context", "count", "data", "first_offset", "selection", "size")
 
     def __init__(self, data: bytes, count: int, context: Any = None, selection: bytes = b"") -> None:
         self.data = data
         self.count = count
         self.context = context
         self.selection = selection
+        self.size = len(data) + len(selection) + BATCH_OVERHEAD
         self.first_offset = -1
-
-    @property
-    def size(self) -> int:
-        return len(self.data) + len(self.selection) + BATCH_OVERHEAD
 
 
 class AppendedEntry:
@@ -253,7 +250,8 @@ class Appender:
             return
         while self.state is WriteState.OPEN and self._queue and self._has_room():
             self._add_entry()
-        self._wake_if_due()
+        if not self._plainly_stays():
+            self._wake_if_due()
 
     def _has_room(self) -> bool:
         handle, settings = self._handle, self._settings
@@ -296,7 +294,7 @@ class Appender:
             self._shard.fail(error)
         if self._queue:
             self._schedule_pump()
-        else:
+        elif not self._plainly_stays():
             self._wake_if_due()
 
     def _complete(self, ledger_id: int, entries: list[AppendedEntry]) -> None:
@@ -345,6 +343,18 @@ class Appender:
             waiting=not self.idle,
         )
         return roll_step(self._roll_rules, segment, self._shard.now_us())
+
+    def _plainly_stays(self) -> bool:
+        """Whether `roll_step` can only say STAY, and nobody waits for it: so it is after nearly every append."""
+        handle, rules = self._handle, self._roll_rules
+        return (
+            self.state is WriteState.OPEN
+            and handle is not None
+            and handle.length < rules.segment_bytes * rules.link_ahead
+            and self._last_time_us - self._opened_us < rules.segment_us
+            and not self._shard.record.next_ledger
+            and not (self._end_asked or self._stopping or handle.wants_roll)
+        )
 
     def _wake_if_due(self) -> None:
         if self._shard.released is not None or self._stepping is not None:
